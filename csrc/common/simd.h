@@ -1,0 +1,251 @@
+// A small vector type for kernels that are compiled once per instruction set.
+//
+// Arithmetic, comparisons and ?: come from the compiler's vector extension (GCC, Clang), so that one source serves
+// SSE2, AVX2, AVX-512 and NEON. Only what the extension lacks is written here: loads and stores that convert from and
+// to the storage types, fused multiply-add, minimum, maximum and tests over all lanes.
+//
+// Everything lives in the namespace of its instruction set, and no standard container header is included: an inline
+// function compiled for AVX-512 and shared with other files could be the copy that the linker keeps, and older
+// processors would crash in it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+#if defined(FASTCV_X86)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#ifndef FASTCV_ISA
+#error "compile this file through fastcv_add_kernels() in CMakeLists.txt, which defines FASTCV_ISA"
+#endif
+
+#define FASTCV_INLINE inline __attribute__((always_inline))
+
+namespace fastcv {
+
+namespace FASTCV_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+// A vector of L lanes of T, whatever its width in bytes.
+template <class T, int L>
+struct VecN {
+  typedef T type __attribute__((vector_size(L * sizeof(T))));
+};
+
+template <class T>
+FASTCV_INLINE Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+// ---- scalar conversions -------------------------------------------------------------------------------------------
+
+FASTCV_INLINE float to_accumulate(float x) { return x; }
+FASTCV_INLINE double to_accumulate(double x) { return x; }
+FASTCV_INLINE float to_accumulate(bfloat16_t x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+FASTCV_INLINE float to_accumulate(half_t x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift exponent and mantissa into place; the multiplication by 2^112 rebuilds normal and subnormal numbers alike.
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+  float y;
+  memcpy(&y, &rest, 4);
+  y *= 0x1p112f;
+  uint32_t bits;
+  memcpy(&bits, &y, 4);
+  if ((x.bits & 0x7c00) == 0x7c00) bits = rest | 0x7f800000;
+  bits |= sign;
+  memcpy(&y, &bits, 4);
+  return y;
+#endif
+}
+FASTCV_INLINE void from_accumulate(float x, float* y) { *y = x; }
+FASTCV_INLINE void from_accumulate(double x, double* y) { *y = x; }
+FASTCV_INLINE void from_accumulate(float x, bfloat16_t* y) {  // round to nearest even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  y->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+FASTCV_INLINE void from_accumulate(float x, half_t* y) {
+#if defined(__F16C__)
+  y->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  // Let the float adder round: adding a power of two 13 bits above x's own leaves just half's mantissa.
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    y->bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x47800000) {  // 65536 and above, infinity
+    y->bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {  // below 2^-14: subnormal in half
+    float m;
+    memcpy(&m, &magnitude, 4);
+    m += 0.5f;
+    uint32_t r;
+    memcpy(&r, &m, 4);
+    y->bits = uint16_t(sign | (r - 0x3f000000));
+  } else {
+    const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    y->bits = uint16_t(sign | ((rounded - 0x38000000) >> 13));
+  }
+#endif
+}
+
+// ---- vector loads and stores: storage type in memory, accumulate type in the register --------------------------------
+
+FASTCV_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTCV_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTCV_INLINE Vec<float> load(const bfloat16_t* p) {
+  typename VecN<uint16_t, kLanes<float>>::type raw;
+  memcpy(&raw, p, sizeof raw);
+  Vec<uint32_t> bits = __builtin_convertvector(raw, Vec<uint32_t>) << 16;
+  Vec<float> v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+FASTCV_INLINE Vec<float> load(const half_t* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_accumulate(p[i]);
+  return v;
+#endif
+}
+
+FASTCV_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
+FASTCV_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
+FASTCV_INLINE void store(bfloat16_t* p, Vec<float> v) {
+  Vec<uint32_t> bits;
+  memcpy(&bits, &v, sizeof v);
+  Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Vec<uint32_t> nan = (Vec<uint32_t>)(v != v);
+  rounded = (rounded & ~nan) | (nan & 0x7fc0);
+  auto narrow = __builtin_convertvector(rounded, typename VecN<uint16_t, kLanes<float>>::type);
+  memcpy(p, &narrow, sizeof narrow);
+}
+FASTCV_INLINE void store(half_t* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) from_accumulate(v[i], p + i);
+#endif
+}
+
+// The first n lanes; the others are zero when loaded and left alone in memory when stored.
+template <class S>
+FASTCV_INLINE Vec<accumulate_t<S>> load_first(const S* p, int n) {
+  S buffer[kLanes<accumulate_t<S>>] = {};
+  memcpy(buffer, p, n * sizeof(S));
+  return load(buffer);
+}
+template <class S>
+FASTCV_INLINE void store_first(S* p, Vec<accumulate_t<S>> v, int n) {
+  S buffer[kLanes<accumulate_t<S>>];
+  store(buffer, v);
+  memcpy(p, buffer, n * sizeof(S));
+}
+#if defined(__AVX512F__)
+FASTCV_INLINE Vec<float> load_first(const float* p, int n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+FASTCV_INLINE void store_first(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+#endif
+
+// ---- arithmetic that the vector extension lacks -----------------------------------------------------------------------
+
+// a * b + c: one rounding where the instruction set has FMA, two on the SSE2 baseline.
+FASTCV_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+FASTCV_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__ARM_NEON)
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// The second operand where either is NaN, as the x86 instructions have it.
+template <class V>
+FASTCV_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+FASTCV_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+// True where any lane of a comparison's result is set.
+template <class M>
+FASTCV_INLINE bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  uint64_t words[kVectorBytes / 8];
+  memcpy(words, &mask, sizeof mask);
+  uint64_t all = 0;
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+#endif
+}
+
+}  // namespace FASTCV_ISA
+}  // namespace fastcv

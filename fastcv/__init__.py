@@ -1,0 +1,8 @@
+"""fastcv: hand-written kernels for PyTorch vision models, behind the names people already use."""
+
+from . import ops
+from ._library import build_info
+
+__version__ = "0.1.0"
+
+__all__ = ["build_info", "ops"]

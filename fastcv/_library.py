@@ -1,0 +1,137 @@
+"""Loads the compiled libraries and owns the operator namespace ``fastcv::``.
+
+Importing never fails. Every operator has a reference implementation in plain PyTorch, registered for all devices; a
+compiled kernel, where its library loaded, takes precedence on its device. What is live is reported by
+:func:`build_info` and ``python -m fastcv info``; a missing CPU library warns once, with the command that mends it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent
+LIBRARY = torch.library.Library("fastcv", "DEF")
+OPERATORS: dict[str, Callable | None] = {}
+"""Name of each operator -> its reference implementation (None where there is none)."""
+
+_load_errors: dict[str, str] = {}
+
+
+def mend_command() -> str:
+    """The command that builds (or rebuilds) the compiled part of this installation."""
+    root = PACKAGE.parent
+    target = f"-e {root}" if (root / "setup.py").exists() else "--force-reinstall fastcv-kernels"
+    return f"pip install --no-build-isolation {target}"
+
+
+def _load(stem: str) -> bool:
+    path = PACKAGE / f"{stem}.so"
+    if not path.exists():
+        _load_errors[stem] = "not built"
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        _load_errors[stem] = str(error).splitlines()[0]
+        return False
+    return True
+
+
+cpu_loaded = _load("_C_cpu")
+cuda_loaded = torch.version.cuda is not None and _load("_C_cuda")
+try:
+    from . import _host as host
+except ImportError as error:
+    host = None
+    _load_errors["_host"] = str(error)
+
+if not cpu_loaded:
+    warnings.warn(
+        f"fastcv's compiled kernels are not in use ({_load_errors['_C_cpu']}): every operator runs on the slow "
+        f"pure-PyTorch reference path. To mend this, run: {mend_command()}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _warn_reference(name: str, device: str) -> None:
+    warnings.warn(
+        f"fastcv::{name} has no kernel for {device} tensors and runs on the slow pure-PyTorch reference path",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def define(schema: str, reference: Callable | None) -> str:
+    """Define ``fastcv::<schema>`` with its reference implementation; returns the operator's name.
+
+    The reference is registered for every device and used wherever no compiled kernel is.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    OPERATORS[name] = reference
+    if reference is not None:
+
+        @functools.wraps(reference)
+        def run(*args, **kwargs):
+            device = _device_of(args)
+            if device != "cpu" and not torch.compiler.is_compiling():
+                _warn_reference(name, device)
+            return reference(*args, **kwargs)
+
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    return name
+
+
+def _device_of(args) -> str:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0].device.type
+    return "cpu"
+
+
+def implementation(name: str, device: str) -> str:
+    """``"compiled"``, ``"reference"`` or ``"none"``: what runs ``fastcv::name`` on ``"cpu"`` or ``"cuda"``."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if has_kernel(f"fastcv::{name}", device.upper()):
+        return "compiled"
+    return "reference" if OPERATORS.get(name) is not None else "none"
+
+
+def build_info() -> dict:
+    """What was built and loaded, and what runs where.
+
+    Returns:
+        dict with ``torch`` (version), ``libraries`` (name -> ``"loaded"`` or the reason why not), ``cpu_isa`` (the
+        instruction set in use, None without the compiled part), ``available_isas``, ``compiler``, ``threads`` and
+        ``operators`` (name -> {"cpu": ..., "cuda": ...}, each ``"compiled"``, ``"reference"`` or ``"none"``).
+
+    Example:
+        >>> import fastcv
+        >>> sorted(fastcv.build_info()["operators"]["nms"])
+        ['cpu', 'cuda']
+    """
+    if torch.version.cuda is None:
+        _load_errors.setdefault("_C_cuda", "this torch has no CUDA")
+    return {
+        "torch": torch.__version__,
+        "libraries": {
+            stem: _load_errors.get(stem, "loaded") for stem in ("_C_cpu", "_C_cuda", "_host")
+        },
+        "cpu_isa": host.cpu_isa() if host and cpu_loaded else None,
+        "available_isas": host.available_isas() if host else [],
+        "compiler": host.compiler() if host else None,
+        "threads": torch.get_num_threads(),
+        "operators": {
+            name: {device: implementation(name, device) for device in ("cpu", "cuda")}
+            for name in sorted(OPERATORS)
+        },
+    }

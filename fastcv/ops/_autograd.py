@@ -1,0 +1,77 @@
+"""Derivatives for operators of ``fastcv::``, registered at the dispatcher.
+
+``torch.library.register_autograd`` knows no forward-mode rule: ``torch.func.jvp`` through such an operator silently
+gives a zero tangent. So the autograd kernel is our own: one ``autograd.Function`` per operator, with ``setup_context``,
+``backward`` and ``jvp``, whose forward runs the operator's kernel below autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import _C
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+
+from .._library import LIBRARY
+
+
+def _has_tangent(args) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(leaf, torch.Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
+        for leaf in _pytree.tree_leaves(args)
+    )
+
+
+def register_autograd(
+    name: str, *, setup_context: Callable, backward: Callable, jvp: Callable
+) -> None:
+    """Give ``fastcv::name`` first derivatives in both modes.
+
+    Args:
+        name: the operator.
+        setup_context: ``(ctx, inputs, output)``, saves what the two rules need. Use ``ctx.save_for_backward`` and
+            ``ctx.save_for_forward``.
+        backward: ``(ctx, *grad_outputs)`` -> one gradient (or None) per argument. Made of differentiable operators,
+            so that second derivatives follow.
+        jvp: ``(ctx, *tangents)`` -> tangent of the output(s); tangents are None for constant arguments.
+    """
+    op = getattr(torch.ops.fastcv, name).default
+    defaults = [a.default_value if a.has_default_value() else None for a in op._schema.arguments]
+
+    def redispatch(keyset, args):
+        with _C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    class Derivative(torch.autograd.Function):
+        # Arguments are flattened because autograd.Function does not look for tensors inside lists.
+        @staticmethod
+        def forward(keyset, spec, *leaves):
+            return redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.spec = inputs[1]
+            setup_context(ctx, _pytree.tree_unflatten(inputs[2:], ctx.spec), output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            gradients = backward(ctx, *grads)
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            return None, None, *_pytree._broadcast_to_and_flatten(gradients, ctx.spec)
+
+        @staticmethod
+        def jvp(ctx, keyset, spec, *tangents):
+            return jvp(ctx, *_pytree.tree_unflatten(tangents, ctx.spec))
+
+    Derivative.__name__ = Derivative.__qualname__ = f"fastcv_{name}"
+
+    def autograd_kernel(keyset, *args):
+        # Grad mode off and no dual level: the usual case in inference, kept to two cheap tests.
+        if (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or _has_tangent(args):
+            leaves, spec = _pytree.tree_flatten((*args, *defaults[len(args) :]))
+            return Derivative.apply(keyset, spec, *leaves)
+        return redispatch(keyset, args)
+
+    LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)

@@ -1,0 +1,64 @@
+"""Argument checks shared by the operators: each error names the argument, what was given and what was expected.
+
+They read only shapes, types and devices, so they hold on fake tensors and cost little; checks of values (batch indices)
+stand in the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name}: expected float32, float64, float16 or bfloat16, got {value.dtype}"
+        )
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int | str | None, ...]) -> None:
+    """``expected`` has an int where the size is fixed and a letter (or None) where it is free."""
+    ok = value.dim() == len(expected) and all(
+        not isinstance(want, int) or have == want
+        for have, want in zip(value.shape, expected, strict=True)
+    )
+    if not ok:
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def check_boxes_and_scores(boxes: Tensor, scores: Tensor) -> None:
+    check_floating("boxes", boxes)
+    check_floating("scores", scores)
+    check_shape("boxes", boxes, ("N", 4))
+    check_shape("scores", scores, (boxes.shape[0],))
+    check_same_device("scores", scores, "boxes", boxes)
+
+
+def check_threshold(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int = 1) -> tuple[int, int]:
+    """``value`` or ``(value, value)`` as two ints of at least ``minimum``."""
+    both = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
+    if len(both) != 2 or any(not isinstance(v, (int, torch.SymInt)) or v < minimum for v in both):
+        raise ValueError(
+            f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}"
+        )
+    return both

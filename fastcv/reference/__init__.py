@@ -1,0 +1,3 @@
+"""Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
+
+from . import nms as nms
