@@ -2,3 +2,4 @@
 
 from . import nms as nms
 from . import roi_align as roi_align
+from . import roi_pool as roi_pool
