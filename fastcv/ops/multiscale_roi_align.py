@@ -105,8 +105,9 @@ class MultiScaleRoIAlign(nn.Module):
     Shapes: ``forward(x, boxes, image_shapes)`` takes a dictionary of ``[N, C, H_i, W_i]``, a list of one ``[L, 4]`` per
     image and the ``(height, width)`` of each image before padding, and returns ``[K, C, PH, PW]``.
 
-    Differs from torchvision where levels are left out (maps at 1/8 and 1/32, say): torchvision returns zeros for the
-    regions that ask for the missing level, here they are pooled from the next coarser map.
+    Differs from torchvision where levels are left out (maps at 1/8 and 1/32, say): torchvision counts the maps as
+    consecutive levels and returns zeros for regions past the last (here those that ask for 1/32). Here each is pooled
+    from the map of its level, or the next coarser one where its level is missing.
 
     Example:
         >>> import torch, fastcv

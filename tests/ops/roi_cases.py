@@ -1,5 +1,7 @@
 """What the tests of the RoI operators share."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -22,3 +24,14 @@ def random_case(generator, n, c, h, w, k, dtype=torch.float32, boxes_dtype=torch
     image = torch.randint(max(n, 1), (k, 1), generator=generator)
     boxes = torch.cat([image, corners.amin(1), corners.amax(1)], dim=1)
     return features, boxes.to(boxes_dtype)
+
+
+@contextmanager
+def one_thread():
+    """For the reference, which makes many small steps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

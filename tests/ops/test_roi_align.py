@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from roi_cases import FLOATS, FORMATS, TOLERANCE, compiled_only, random_case
+from roi_cases import FLOATS, FORMATS, TOLERANCE, compiled_only, one_thread, random_case
 
 from fastcv import reference
 from fastcv.ops import RoIAlign, roi_align
@@ -24,14 +24,12 @@ def check(features, boxes, size, scale=1.0, ratio=-1, aligned=False, grad=None, 
         grad = torch.empty_like(pooled).copy_(torch.linspace(-1, 1, pooled.numel()).reshape(pooled.shape))
     (gradient,) = torch.autograd.grad(pooled, x, grad)
     assert gradient.dtype is features.dtype
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the reference makes many small steps
     constants = (scale, *pooled.shape[2:])
-    expected = reference.roi_align.roi_align(features.double(), boxes, *constants, ratio, aligned)
-    expected_gradient = reference.roi_align.roi_align_backward(
-        grad.double(), boxes, *constants, *features.shape, ratio, aligned
-    )
-    torch.set_num_threads(threads)
+    with one_thread():
+        expected = reference.roi_align.roi_align(features.double(), boxes, *constants, ratio, aligned)
+        expected_gradient = reference.roi_align.roi_align_backward(
+            grad.double(), boxes, *constants, *features.shape, ratio, aligned
+        )
     tolerance = tolerance or TOLERANCE[features.dtype]
     close = partial(torch.testing.assert_close, check_dtype=False, rtol=tolerance)
     close(pooled, expected, atol=min(tolerance, 1e-5))
