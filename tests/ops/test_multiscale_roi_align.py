@@ -137,6 +137,7 @@ def test_empty():
     assert torch.equal(multiscale_roi_align(maps, per_image, 2, SCALES), multiscale_roi_align(maps, boxes, 2, SCALES))
 
 
+@compiled_only
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_equal_for_any_number_of_threads(memory_format):
     maps, boxes = random_pyramid(torch.Generator().manual_seed(5), c=19, k=40)

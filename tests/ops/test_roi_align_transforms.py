@@ -14,6 +14,7 @@ backward_op = torch.ops.fastcv.roi_align_backward.default
 # ---- properties of the implementation ----------------------------------------------------------------
 
 
+@compiled_only
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_equal_for_any_number_of_threads(memory_format):
     generator = torch.Generator().manual_seed(11)
