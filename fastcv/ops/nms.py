@@ -24,8 +24,8 @@ from ._checks import (
     check_floating,
     check_same_device,
     check_shape,
-    check_tensor,
     check_threshold,
+    class_ids,
 )
 
 IoUType = Literal["iou", "diou"]
@@ -115,18 +115,8 @@ def batched_nms(
     """
     check_boxes_and_scores(boxes, scores)
     check_threshold("iou_threshold", iou_threshold)
-    idxs = _class_ids(idxs, (boxes.shape[0],), boxes)
+    idxs = class_ids(idxs, (boxes.shape[0],), boxes)
     return torch.ops.fastcv.batched_nms(boxes, scores, idxs, iou_threshold, _is_diou(iou_type))
-
-
-def _class_ids(idxs: Tensor, shape: tuple[int, ...], boxes: Tensor) -> Tensor:
-    check_tensor("idxs", idxs)
-    check_shape("idxs", idxs, shape)
-    check_same_device("idxs", idxs, "boxes", boxes)
-    if idxs.is_complex():
-        raise TypeError(f"idxs: expected an integer or floating type, got {idxs.dtype}")
-    # Equal numbers have equal bit patterns once -0 is made 0.
-    return (idxs.double() + 0.0).view(torch.int64) if idxs.is_floating_point() else idxs
 
 
 class PaddedDetections(NamedTuple):
