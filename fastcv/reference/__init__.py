@@ -1,3 +1,6 @@
 """Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
 
+from . import matrix_nms as matrix_nms
 from . import nms as nms
+from . import soft_nms as soft_nms
+from . import weighted_boxes_fusion as weighted_boxes_fusion
