@@ -1,5 +1,75 @@
 """The operators, with the names and signatures of ``torchvision.ops``."""
 
+from .blocks import (
+    MLP,
+    Conv2dNormActivation,
+    Conv3dNormActivation,
+    FrozenBatchNorm2d,
+    Permute,
+    SqueezeExcitation,
+)
+from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from .box_losses import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+from .boxes import (
+    box_area,
+    box_convert,
+    clip_boxes_to_image,
+    masks_to_boxes,
+    remove_small_boxes,
+)
+from .feature_pyramid_network import FeaturePyramidNetwork
+from .focal_loss import sigmoid_focal_loss
+from .matrix_nms import matrix_nms
+from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
+from .regularization import (
+    DropBlock2d,
+    DropBlock3d,
+    StochasticDepth,
+    drop_block2d,
+    drop_block3d,
+    stochastic_depth,
+)
+from .roi_align import RoIAlign, roi_align
+from .soft_nms import soft_nms
+from .weighted_boxes_fusion import weighted_boxes_fusion
 
-__all__ = ["PaddedDetections", "batched_nms", "nms", "nms_padded"]
+__all__ = [
+    "MLP",
+    "Conv2dNormActivation",
+    "Conv3dNormActivation",
+    "DropBlock2d",
+    "DropBlock3d",
+    "FeaturePyramidNetwork",
+    "FrozenBatchNorm2d",
+    "PaddedDetections",
+    "MultiScaleRoIAlign",
+    "Permute",
+    "RoIAlign",
+    "SqueezeExcitation",
+    "StochasticDepth",
+    "batched_nms",
+    "box_area",
+    "box_convert",
+    "box_iou",
+    "clip_boxes_to_image",
+    "complete_box_iou",
+    "complete_box_iou_loss",
+    "distance_box_iou",
+    "distance_box_iou_loss",
+    "drop_block2d",
+    "drop_block3d",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
+    "masks_to_boxes",
+    "matrix_nms",
+    "multiscale_roi_align",
+    "nms",
+    "nms_padded",
+    "remove_small_boxes",
+    "roi_align",
+    "sigmoid_focal_loss",
+    "soft_nms",
+    "stochastic_depth",
+    "weighted_boxes_fusion",
+]

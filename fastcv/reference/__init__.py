@@ -2,5 +2,6 @@
 
 from . import matrix_nms as matrix_nms
 from . import nms as nms
+from . import roi_align as roi_align
 from . import soft_nms as soft_nms
 from . import weighted_boxes_fusion as weighted_boxes_fusion
