@@ -107,11 +107,7 @@ def _vmap(info, in_dims, boxes, scores, idxs, sigma, linear):
     def fold(value, dim):
         if value is None:
             return None
-        value = (
-            value.movedim(dim, 0)
-            if dim is not None
-            else value.expand(info.batch_size, *value.shape)
-        )
+        value = value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
         return value.flatten(0, 1)
 
     boxes, scores, idxs = map(fold, (boxes, scores, idxs), in_dims[:3])

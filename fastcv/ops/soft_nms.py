@@ -76,9 +76,7 @@ def soft_nms(
     if not sigma > 0:
         raise ValueError(f"sigma: expected a number greater than 0, got {sigma}")
     if not score_threshold >= 0:
-        raise ValueError(
-            f"score_threshold: expected at least 0, got {score_threshold} (scores are lowered towards 0)"
-        )
+        raise ValueError(f"score_threshold: expected at least 0, got {score_threshold} (scores are lowered towards 0)")
     ids = None if idxs is None else class_ids(idxs, (boxes.shape[0],), boxes)
     return torch.ops.fastcv.soft_nms(
         boxes.detach(), scores.detach(), ids, iou_threshold, sigma, score_threshold, method

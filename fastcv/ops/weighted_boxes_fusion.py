@@ -84,13 +84,15 @@ def weighted_boxes_fusion(
 
     Example:
         >>> import torch, fastcv
-        >>> first = torch.tensor([[0., 0., 10., 10.], [50., 50., 60., 60.]])
-        >>> second = torch.tensor([[0., 0., 10., 8.]])
-        >>> fastcv.ops.weighted_boxes_fusion(
-        ...     [first, second], [torch.tensor([0.9, 0.4]), torch.tensor([0.3])], [torch.tensor([1, 1]), torch.tensor([1])]
-        ... )
-        (tensor([[ 0.0000,  0.0000, 10.0000,  9.5000],
-                [50.0000, 50.0000, 60.0000, 60.0000]]), tensor([0.6000, 0.2000]), tensor([1, 1]))
+        >>> boxes = [torch.tensor([[0., 0., 10., 10.], [50., 50., 60., 60.]]), torch.tensor([[0., 0., 10., 8.]])]
+        >>> scores = [torch.tensor([0.9, 0.4]), torch.tensor([0.3])]
+        >>> labels = [torch.tensor([1, 1]), torch.tensor([1])]
+        >>> for fused in fastcv.ops.weighted_boxes_fusion(boxes, scores, labels):
+        ...     fused
+        tensor([[ 0.0000,  0.0000, 10.0000,  9.5000],
+                [50.0000, 50.0000, 60.0000, 60.0000]])
+        tensor([0.6000, 0.2000])
+        tensor([1, 1])
     """
     counts = _check_lists(boxes_list, scores_list, labels_list)
     weights = _check_weights(weights, len(counts))
@@ -113,12 +115,8 @@ def _check_lists(
         raise ValueError("boxes_list: expected a list of at least one tensor, one for each model")
     for name, values in (("scores_list", scores_list), ("labels_list", labels_list)):
         if isinstance(values, Tensor) or len(values) != len(boxes_list):
-            raise ValueError(
-                f"{name}: expected a list of {len(boxes_list)} tensors, one for each model"
-            )
-    for i, (boxes, scores, labels) in enumerate(
-        zip(boxes_list, scores_list, labels_list, strict=True)
-    ):
+            raise ValueError(f"{name}: expected a list of {len(boxes_list)} tensors, one for each model")
+    for i, (boxes, scores, labels) in enumerate(zip(boxes_list, scores_list, labels_list, strict=True)):
         check_floating(f"boxes_list[{i}]", boxes)
         check_floating(f"scores_list[{i}]", scores)
         check_tensor(f"labels_list[{i}]", labels)
@@ -137,9 +135,7 @@ def _check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
         return [1.0] * models
     weights = [float(w) for w in weights]
     if len(weights) != models:
-        raise ValueError(
-            f"weights: expected {models} numbers, one for each model, got {len(weights)}"
-        )
+        raise ValueError(f"weights: expected {models} numbers, one for each model, got {len(weights)}")
     if not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
         raise ValueError(f"weights: expected numbers of at least 0, not all 0, got {weights}")
     return weights

@@ -22,9 +22,7 @@ def _decay(boxes: Tensor, ids: Tensor, sigma: float, linear: bool) -> Tensor:
     return torch.where(counts, ratio, 1.0).min(0).values.clamp(max=1)
 
 
-def matrix_nms(
-    boxes: Tensor, scores: Tensor, idxs: Tensor | None, sigma: float, linear: bool
-) -> Tensor:
+def matrix_nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, sigma: float, linear: bool) -> Tensor:
     dtype = scores.dtype
     boxes, scores = _accumulate(boxes, scores)
     out = torch.zeros_like(scores, memory_format=torch.contiguous_format)

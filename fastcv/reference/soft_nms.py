@@ -51,9 +51,7 @@ def soft_nms(
     final = torch.full_like(scores, -1)
     for class_id in classes.unique():
         rows = (classes == class_id).nonzero()[:, 0]
-        chosen, chosen_scores = _one_class(
-            boxes[rows], scores[rows], iou_threshold, sigma, score_threshold, method
-        )
+        chosen, chosen_scores = _one_class(boxes[rows], scores[rows], iou_threshold, sigma, score_threshold, method)
         final[rows[chosen]] = chosen_scores
     rows = (final > 0).nonzero()[:, 0]
     rows = rows[torch.argsort(final[rows], descending=True, stable=True)]

@@ -9,9 +9,7 @@ from torch import Tensor
 from .nms import _overlap
 
 
-def _score(
-    scores: Tensor, models: Tensor, weights: Tensor, conf_type: str, allows_overflow: bool
-) -> Tensor:
+def _score(scores: Tensor, models: Tensor, weights: Tensor, conf_type: str, allows_overflow: bool) -> Tensor:
     """The score of a cluster from the weighted scores of its boxes and the models they are from."""
     present = weights[models.unique()].sum()
     if conf_type == "max":
@@ -63,9 +61,7 @@ def weighted_boxes_fusion(
     scores = scores * weight[models]
     sides = boxes[:, 2:] - boxes[:, :2]
     area = sides.prod(1)
-    admitted &= (
-        (sides > 0).all(1) & (area > 0) & area.isfinite() & (scores >= 0) & scores.isfinite()
-    )
+    admitted &= (sides > 0).all(1) & (area > 0) & area.isfinite() & (scores >= 0) & scores.isfinite()
     fused = torch.zeros_like(boxes)  # written at the row of the first box of each cluster
     fused_scores = torch.full_like(scores, -1)
     for label in labels[admitted].unique():
@@ -75,9 +71,7 @@ def weighted_boxes_fusion(
         for cluster, mean in zip(clusters, means, strict=True):
             members = rows[cluster]
             fused[members[0]] = mean
-            fused_scores[members[0]] = _score(
-                scores[members], models[members], weight, conf_type, allows_overflow
-            )
+            fused_scores[members[0]] = _score(scores[members], models[members], weight, conf_type, allows_overflow)
     rows = (fused_scores >= 0).nonzero()[:, 0]
     rows = rows[torch.argsort(fused_scores[rows], descending=True, stable=True)]
     return fused[rows].to(dtypes[0]), fused_scores[rows].to(dtypes[1]), labels[rows]
