@@ -14,8 +14,10 @@ struct Segments {
   int64_t count = 0, longest = 0;
 
   int64_t size(int64_t segment) const { return starts[segment + 1] - starts[segment]; }
-  // Segments that one task of parallel_for takes on, so that it has some two thousand items.
-  int64_t grain() const { return std::max<int64_t>(1, 2048 * count / std::max<int64_t>(int64_t(items.size()), 1)); }
+  // How many segments one task of parallel_for takes on, so that it has about task_items items.
+  int64_t grain(int64_t task_items) const {
+    return std::max<int64_t>(1, task_items * count / std::max<int64_t>(int64_t(items.size()), 1));
+  }
 };
 
 // Groups 0, ..., n - 1 by id_of(i); segments come by ascending id, taken as an unsigned number.

@@ -33,5 +33,7 @@ FASTCV_EACH_ISA(
     // The three steps, each after the one before. The passes work on blocks [begin, end) of kMatrixNmsBlock rows, any
     // split of them on any threads.
     template <class T> void matrix_nms_prepare(const MatrixNmsSegment<T>& segment, void* scratch);
-    template <class T> void matrix_nms_overlap(const MatrixNmsSegment<T>& segment, void* scratch, int64_t begin, int64_t end);
-    template <class T> void matrix_nms_decay(const MatrixNmsSegment<T>& segment, void* scratch, int64_t begin, int64_t end);)
+    template <class T> void matrix_nms_overlap(const MatrixNmsSegment<T>& segment, void* scratch, int64_t begin,
+                                               int64_t end);
+    template <class T> void matrix_nms_decay(const MatrixNmsSegment<T>& segment, void* scratch, int64_t begin,
+                                             int64_t end);)

@@ -57,8 +57,10 @@ void run_passes(const std::vector<Task<T>>& tasks) {
   const auto over_blocks = [&](const auto& pass) {
     parallel_for(first_block.back(), 4, [&](int64_t begin, int64_t end) {
       size_t t = std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin() - 1;
-      for (int64_t block = begin; block < end; block = first_block[++t])
-        pass(tasks[t].segment, tasks[t].scratch, block - first_block[t], std::min(end, first_block[t + 1]) - first_block[t]);
+      for (int64_t block = begin; block < end; block = first_block[++t]) {
+        const int64_t stop = std::min(end, first_block[t + 1]);
+        pass(tasks[t].segment, tasks[t].scratch, block - first_block[t], stop - first_block[t]);
+      }
     });
   };
   over_blocks(FASTCV_PICK(matrix_nms_overlap<T>));
@@ -68,11 +70,13 @@ void run_passes(const std::vector<Task<T>>& tasks) {
 // Writes the decayed score of each row of one image; 0 where a row has a NaN.
 template <class T>
 void decay_scores(const Image<T>& image, Decay decay, T* out) {
-  STD_TORCH_CHECK(image.n < std::numeric_limits<int32_t>::max(), "boxes: expected fewer than 2^31 boxes, got ", image.n);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(image.n < kMost, "boxes: expected fewer than 2^31 boxes, got ", image.n);
   std::vector<int32_t> rank_of_row;
   const std::vector<int32_t> rows = spatial_order(image.boxes, ranked_rows(image, rank_of_row));
   const int64_t count = int64_t(rows.size());
-  Segments segments = image.ids ? group_by_id(count, [&](int64_t i) { return image.ids[rows[i]]; }) : one_segment(count);
+  const auto id_of = [&](int64_t i) { return image.ids[rows[i]]; };
+  Segments segments = image.ids ? group_by_id(count, id_of) : one_segment(count);
   std::vector<int32_t> ranks(count);
   for (int64_t i = 0; i < count; ++i) {
     segments.items[i] = rows[segments.items[i]];
@@ -86,9 +90,14 @@ void decay_scores(const Image<T>& image, Decay decay, T* out) {
   char* memory = scratch.get();
   for (int64_t s = 0; s < segments.count; ++s) {
     const int64_t start = segments.starts[s], n = segments.size(s);
-    tasks.push_back({{image.boxes, segments.items.data() + start, ranks.data() + start, n, decay.linear, decay.sigma,
-                      factors.data() + start},
-                     memory});
+    const MatrixNmsSegment<T> segment{.boxes = image.boxes,
+                                      .rows = segments.items.data() + start,
+                                      .ranks = ranks.data() + start,
+                                      .n = n,
+                                      .linear = decay.linear,
+                                      .sigma = decay.sigma,
+                                      .decay = factors.data() + start};
+    tasks.push_back({segment, memory});
     FASTCV_PICK(matrix_nms_prepare<T>)(tasks.back().segment, memory);
     memory += FASTCV_PICK(matrix_nms_scratch_bytes<T>)(n);
   }

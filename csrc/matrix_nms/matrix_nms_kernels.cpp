@@ -1,5 +1,5 @@
 // The two passes of Matrix NMS over blocks of neighbours. Bytes: 32 per box (float), never a matrix. Operations: up to
-// N^2 / lanes vector steps of about 15 instructions a pass; blocks out of reach or without better boxes are passed over.
+// N^2 / lanes vector steps of about 15 instructions a pass; blocks out of reach or without better boxes are left out.
 //
 // Maxima do not depend on the order they are taken in, so results are equal for any split over threads. In the gaussian
 // pass the exponential is taken once a box: min exp(-sigma a) = exp(-sigma max a).
@@ -74,7 +74,10 @@ template <class T>
 void matrix_nms_prepare(const MatrixNmsSegment<T>& s, void* scratch) {
   RankedBlocks<T> blocks(s.n, scratch);
   blocks.boxes.fill(s.boxes, s.rows);
-  for (int64_t i = 0; i < blocks.boxes.slots; ++i) blocks.rank[i] = i < s.n ? s.ranks[i] : INT32_MAX, blocks.overlap[i] = 0;
+  for (int64_t i = 0; i < blocks.boxes.slots; ++i) {
+    blocks.rank[i] = i < s.n ? s.ranks[i] : INT32_MAX;
+    blocks.overlap[i] = 0;
+  }
   for (int64_t b = 0; b < blocks.boxes.blocks; ++b) {
     int32_t best = INT32_MAX;
     for (int64_t i = b * kBlock; i < blocks.boxes.end(b); ++i) best = s.ranks[i] < best ? s.ranks[i] : best;

@@ -87,24 +87,29 @@ std::vector<Item<T>> best_of(const std::vector<Item<T>>& items, int64_t wanted) 
   return best;
 }
 
-// Suppression within each class among candidates sorted by score; returns the kept ones, still sorted. Ids are compared,
-// coordinates are never shifted, and classes run in parallel.
+// Suppression within each class among candidates sorted by score; returns the kept ones, still sorted. Ids are
+// compared, coordinates are never shifted, and classes run in parallel.
 template <class T>
 std::vector<int32_t> suppress(const Image<T>& image, const std::vector<Item<T>>& ranked, Criterion criterion,
                               int64_t max_keep) {
   const int64_t n = int64_t(ranked.size());
   const bool one_class = !image.ids && image.classes == 1;
-  const Segments segments =
-      one_class ? one_segment(n) : group_by_id(n, [&](int64_t rank) { return image.id_of(ranked[rank].row); });
+  const auto id_of = [&](int64_t rank) { return image.id_of(ranked[rank].row); };
+  const Segments segments = one_class ? one_segment(n) : group_by_id(n, id_of);
   std::vector<int32_t> rows(n);
   for (int64_t i = 0; i < n; ++i) rows[i] = int32_t(image.row_of(ranked[segments.items[i]].row));
   std::vector<uint8_t> keep(n), keep_by_rank(n);
-  parallel_for(segments.count, segments.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(segments.count, segments.grain(2048), [&](int64_t begin, int64_t end) {
     const Scratch<char> scratch = allocate_scratch<char>(FASTCV_PICK(nms_scratch_bytes<T>)(segments.longest));
     for (int64_t s = begin; s < end; ++s) {
       const int64_t start = segments.starts[s];
-      const NmsSegment<T> segment{image.boxes,    rows.data() + start, segments.size(s), criterion.iou_threshold,
-                                  criterion.diou, keep.data() + start, max_keep};
+      const NmsSegment<T> segment{.boxes = image.boxes,
+                                  .order = rows.data() + start,
+                                  .n = segments.size(s),
+                                  .iou_threshold = criterion.iou_threshold,
+                                  .diou = criterion.diou,
+                                  .keep = keep.data() + start,
+                                  .max_keep = max_keep};
       FASTCV_PICK(nms_segment<T>)(segment, scratch.get());
     }
   });
@@ -144,7 +149,8 @@ Tensor nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const int64_
   const ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor boxes = as_contiguous(boxes_any, dtype), scores = as_contiguous(scores_any, dtype);
   const int64_t n = boxes.size(0);
-  const std::vector<int32_t> kept = detect(Image<T>{data<T>(boxes), data<T>(scores), ids, n, 1}, kNoThreshold, criterion, n);
+  const Image<T> image{data<T>(boxes), data<T>(scores), ids, n, 1};
+  const std::vector<int32_t> kept = detect(image, kNoThreshold, criterion, n);
   Tensor out = empty_cpu({int64_t(kept.size())}, ScalarType::Long);
   std::copy(kept.begin(), kept.end(), mutable_data<int64_t>(out));
   return out;

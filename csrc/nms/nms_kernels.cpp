@@ -10,13 +10,13 @@
 // query visits the few cells of the few octaves in reach. Cells are hashed; a collision only adds candidates. A cell
 // holds chunks of kLanes boxes in structure-of-arrays form, tested by one short vector sequence.
 //
-// Bytes: a chunk (5 vectors) for each box kept in the worst case, where no two share a cell. Operations: about 15 vector
-// instructions a chunk. Small segments and thresholds under 0.1, where the reach is wide, file everything in one cell:
-// the classic algorithm, vectorised.
+// Bytes: a chunk (5 vectors) for each box kept in the worst case, where no two share a cell. Operations: about 15
+// vector instructions a chunk. Small segments and thresholds under 0.1, where the reach is wide, file everything in one
+// cell: the classic algorithm, vectorised.
 //
 // The IoU is computed as torchvision computes it (same operations, same order, no fused multiply-add), and a division
-// decides; a multiplication with a margin of 1e-5 only rules out candidates. Coordinates of the index are double and its
-// bounds have the same margin, so rounding never hides a box. Where areas are so small that products lose relative
+// decides; a multiplication with a margin of 1e-5 only rules out candidates. Coordinates of the index are double and
+// its bounds have the same margin, so rounding never hides a box. Where areas are so small that products lose relative
 // accuracy (subnormal numbers), the bounds would not hold and there is no index.
 #include "nms.h"
 
@@ -128,8 +128,8 @@ class KeptBoxes {
     if (octave < lowest_) lowest_ = octave;
     if (octave > highest_) highest_ = octave;
     const double per_cell = power_of_two(kCellsPerOctave - octave);
-    add_to(bucket(octave, cell_of(0.5 * (double(b.x1) + b.x2), per_cell), cell_of(0.5 * (double(b.y1) + b.y2), per_cell)),
-           b);
+    const double cx = 0.5 * (double(b.x1) + b.x2), cy = 0.5 * (double(b.y1) + b.y2);
+    add_to(bucket(octave, cell_of(cx, per_cell), cell_of(cy, per_cell)), b);
   }
 
  private:
@@ -166,7 +166,8 @@ class KeptBoxes {
   }
 
   uint64_t bucket(int octave, int64_t x, int64_t y) const {
-    uint64_t key = uint64_t(x) * 0x9E3779B97F4A7C15u ^ uint64_t(y) * 0xC2B2AE3D27D4EB4Fu ^ uint64_t(octave) * 0x165667B19E3779F9u;
+    const uint64_t key = uint64_t(x) * 0x9E3779B97F4A7C15u ^ uint64_t(y) * 0xC2B2AE3D27D4EB4Fu ^
+                         uint64_t(octave) * 0x165667B19E3779F9u;
     return (key ^ (key >> 29) ^ (key >> 43)) & mask_;
   }
 

@@ -48,23 +48,28 @@ void soft_nms_by_class(const T* boxes, const T* scores, const int64_t* ids, int6
   const T threshold = T(settings.score_threshold);  // rounded, as `scores > threshold` in PyTorch rounds
   const std::vector<int32_t> rows = spatial_order(boxes, candidate_rows(boxes, scores, n, threshold));
   const int64_t count = int64_t(rows.size());
-  Segments segments =
-      ids ? group_by_id(count, [&](int64_t i) { return ids[rows[i]]; }) : one_segment(count);
+  Segments segments = ids ? group_by_id(count, [&](int64_t i) { return ids[rows[i]]; }) : one_segment(count);
   for (int32_t& item : segments.items) item = rows[item];
   std::vector<int32_t> kept_rows(count);
   std::vector<T> kept_scores(count);
   std::fill(final_scores, final_scores + n, T(-1));
-  parallel_for(segments.count, segments.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(segments.count, segments.grain(256), [&](int64_t begin, int64_t end) {
     const Scratch<char> scratch = allocate_scratch<char>(FASTCV_PICK(soft_nms_scratch_bytes<T>)(segments.longest));
     for (int64_t s = begin; s < end; ++s) {
       const int64_t start = segments.starts[s], stop = segments.starts[s + 1];
       int32_t* items = segments.items.data();
       for (int64_t i = start; i < stop; i += kSoftNmsBlock)
         std::sort(items + i, items + std::min(i + kSoftNmsBlock, stop));
-      const SoftNmsSegment<T> segment{
-          boxes,           scores,         items + start,      stop - start,
-          settings.method, settings.iou_threshold, settings.sigma, threshold,
-          kept_rows.data() + start, kept_scores.data() + start};
+      const SoftNmsSegment<T> segment{.boxes = boxes,
+                                      .scores = scores,
+                                      .rows = items + start,
+                                      .n = stop - start,
+                                      .method = settings.method,
+                                      .iou_threshold = settings.iou_threshold,
+                                      .sigma = settings.sigma,
+                                      .score_threshold = threshold,
+                                      .kept_rows = kept_rows.data() + start,
+                                      .kept_scores = kept_scores.data() + start};
       const int64_t kept = FASTCV_PICK(soft_nms_segment<T>)(segment, scratch.get());
       for (int64_t i = start; i < start + kept; ++i) final_scores[kept_rows[i]] = kept_scores[i];
     }

@@ -114,14 +114,17 @@ Fused fuse(const Detections& d, const double* scores, const int64_t* labels, dou
   std::vector<double> means(4 * n);
   std::vector<uint8_t> written(d.scores.size());
   Fused fused{std::vector<double>(4 * d.scores.size()), std::vector<double>(d.scores.size()), {}};
-  parallel_for(segments.count, segments.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(segments.count, segments.grain(256), [&](int64_t begin, int64_t end) {
     const Scratch<char> scratch = allocate_scratch<char>(FASTCV_PICK(fuse_scratch_bytes)(segments.longest));
     for (int64_t s = begin; s < end; ++s) {
       const int64_t start = segments.starts[s];
-      const FusionSegment segment{d.boxes,       d.scores.data(),
-                                  segments.items.data() + start, segments.size(s),
-                                  iou_threshold, cluster.data() + start,
-                                  means.data() + 4 * start};
+      const FusionSegment segment{.boxes = d.boxes,
+                                  .scores = d.scores.data(),
+                                  .rows = segments.items.data() + start,
+                                  .n = segments.size(s),
+                                  .iou_threshold = iou_threshold,
+                                  .cluster = cluster.data() + start,
+                                  .fused = means.data() + 4 * start};
       const int64_t count = FASTCV_PICK(fuse_segment)(segment, scratch.get());
       const std::vector<Cluster> clusters = add_up(segment, count, d, ensemble);
       for (int64_t c = 0; c < count; ++c) {
@@ -158,9 +161,10 @@ std::tuple<Tensor, Tensor, Tensor> weighted_boxes_fusion_cpu(const Tensor& boxes
   const Tensor scores = as_contiguous(scores_any, ScalarType::Double);
   const Tensor labels = as_contiguous(labels_any, ScalarType::Long);
   Detections detections{data<double>(boxes), {}, {}};
+  const double* score_of_row = data<double>(scores);
   for (size_t model = 0; model < counts.size(); ++model) {
     for (int64_t i = 0; i < counts[model]; ++i) {
-      detections.scores.push_back(data<double>(scores)[detections.scores.size()] * weights[model]);
+      detections.scores.push_back(*score_of_row++ * weights[model]);
       detections.models.push_back(int32_t(model));
     }
   }
@@ -173,11 +177,13 @@ std::tuple<Tensor, Tensor, Tensor> weighted_boxes_fusion_cpu(const Tensor& boxes
   const int64_t kept = int64_t(fused.ranked.size());
   Tensor out_boxes = empty_cpu({kept, 4}, ScalarType::Double), out_scores = empty_cpu({kept}, ScalarType::Double);
   Tensor out_labels = empty_cpu({kept}, ScalarType::Long);
-  for (int64_t k = 0; k < kept; ++k) {
-    const int64_t row = fused.ranked[k];
-    std::copy_n(fused.boxes.data() + 4 * row, 4, mutable_data<double>(out_boxes) + 4 * k);
-    mutable_data<double>(out_scores)[k] = fused.scores[row];
-    mutable_data<int64_t>(out_labels)[k] = data<int64_t>(labels)[row];
+  double *box = mutable_data<double>(out_boxes), *score = mutable_data<double>(out_scores);
+  int64_t* label = mutable_data<int64_t>(out_labels);
+  const int64_t* label_of_row = data<int64_t>(labels);
+  for (int32_t row : fused.ranked) {
+    box = std::copy_n(fused.boxes.data() + 4 * int64_t(row), 4, box);
+    *score++ = fused.scores[row];
+    *label++ = label_of_row[row];
   }
   return {as_contiguous(out_boxes, boxes_any.scalar_type()), as_contiguous(out_scores, scores_any.scalar_type()),
           as_contiguous(out_labels, labels_any.scalar_type())};

@@ -86,3 +86,22 @@ def greedy(iou, order, threshold):
                 kept.append(int(row))
                 suppressed |= iou[row].astype(np.float64) > threshold
     return kept
+
+
+def with_threads(compute):
+    """The tensors that compute() returns with 1, 2, 3 and 4 threads, a list of each."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3, 4):
+            torch.set_num_threads(number)
+            results.append(list(compute()))
+        return results
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_all_equal(results):
+    for other in results[1:]:
+        for have, want in zip(other, results[0], strict=True):
+            assert torch.equal(have, want)

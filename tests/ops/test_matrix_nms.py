@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from nms_cases import KINDS, make, spoil
+from nms_cases import KINDS, assert_all_equal, make, spoil, with_threads
 
 import fastcv
 from fastcv import reference
@@ -123,23 +123,13 @@ def test_empty(shape):
 def test_results_do_not_depend_on_the_number_of_threads():
     boxes, scores = make("crowded", 3000)
     idxs = torch.arange(3000) % 7
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for number in (1, 2, 3, 4):
-            torch.set_num_threads(number)
-            results.append(
-                [
-                    matrix_nms(boxes, scores),
-                    matrix_nms(boxes, scores, kernel="linear"),
-                    matrix_nms(boxes.view(3, 1000, 4), scores.view(3, 1000), idxs=idxs.view(3, 1000)).flatten(),
-                ]
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for have, want in zip(other, results[0], strict=True):
-            assert torch.equal(have, want)
+
+    def results():
+        yield matrix_nms(boxes, scores)
+        yield matrix_nms(boxes, scores, kernel="linear", idxs=idxs)
+        yield matrix_nms(boxes.view(3, 1000, 4), scores.view(3, 1000), idxs=idxs.view(3, 1000))
+
+    assert_all_equal(with_threads(results))
 
 
 # ---- PyTorch's machinery -------------------------------------------------------------------------

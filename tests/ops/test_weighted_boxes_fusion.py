@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from nms_cases import assert_all_equal, with_threads
 
 import fastcv
 from fastcv import reference
@@ -203,17 +204,7 @@ def test_labels_and_empties(label_type):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     args = detections(4, 2000, 30)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for number in (1, 2, 3, 4):
-            torch.set_num_threads(number)
-            results.append(weighted_boxes_fusion(*args))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for have, want in zip(other, results[0], strict=True):
-            assert torch.equal(have, want)
+    assert_all_equal(with_threads(lambda: weighted_boxes_fusion(*args)))
 
 
 # ---- PyTorch's machinery -------------------------------------------------------------------------
