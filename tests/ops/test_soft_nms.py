@@ -106,6 +106,14 @@ def test_many_boxes_over_many_blocks(method):
         assert_same(boxes, scores, None, 0.2, 0.05, 0.01, method, rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_ties_among_overlapping_boxes_of_many_blocks(method):
+    # Which of two overlapping boxes of equal score is chosen first shows in all that follows.
+    boxes, scores = make("crowded", 500, dtype=torch.float64)
+    assert_same(boxes, (scores * 10).ceil() / 10, None, 0.3, 0.1, 0.05, method, rtol=1e-12)
+    assert_same(boxes, torch.ones(500), torch.arange(500) % 2, 0.3, 0.1, 0.05, method, rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_naive_is_nms(dtype, kind):
