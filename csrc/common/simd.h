@@ -247,5 +247,21 @@ FASTCV_INLINE bool any(M mask) {
 #endif
 }
 
+// One bit for each lane of T of a comparison's result, the first lane lowest.
+template <class T, class M>
+FASTCV_INLINE uint32_t lane_bits(M mask) {
+#if defined(__AVX512F__)
+  return sizeof(T) == 4 ? uint32_t(_mm512_movepi32_mask((__m512i)mask)) : uint32_t(_mm512_movepi64_mask((__m512i)mask));
+#elif defined(__AVX2__)
+  return sizeof(T) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+#elif defined(__SSE2__)
+  return sizeof(T) == 4 ? _mm_movemask_ps((__m128)mask) : _mm_movemask_pd((__m128d)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 }  // namespace FASTCV_ISA
 }  // namespace fastcv

@@ -19,6 +19,7 @@ from .boxes import (
 )
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
+from .matrix_nms import matrix_nms
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .regularization import (
@@ -31,6 +32,8 @@ from .regularization import (
 )
 from .roi_align import RoIAlign, roi_align
 from .roi_pool import RoIPool, roi_pool
+from .soft_nms import soft_nms
+from .weighted_boxes_fusion import weighted_boxes_fusion
 
 __all__ = [
     "MLP",
@@ -61,6 +64,7 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "masks_to_boxes",
+    "matrix_nms",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -68,5 +72,7 @@ __all__ = [
     "roi_align",
     "roi_pool",
     "sigmoid_focal_loss",
+    "soft_nms",
     "stochastic_depth",
+    "weighted_boxes_fusion",
 ]
