@@ -65,6 +65,6 @@ $(DEPENDENCIES): pyproject.toml | $(RUN)
 	@touch $@
 
 $(BUILT): $(SOURCES) $(DEPENDENCIES)
-	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	$(PIP_INSTALL) --no-warn-conflicts --no-build-isolation -e '.[dev]' # facenet-pytorch's old pins
 	@rm -f $(VENV)/.built-*
 	@touch $@

@@ -40,7 +40,7 @@ def _load(stem: str) -> bool:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        _load_errors[stem] = str(error).splitlines()[0]
+        _load_errors[stem] = str(error.__cause__ or error).splitlines()[0]
         return False
     return True
 
