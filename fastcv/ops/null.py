@@ -1,6 +1,6 @@
-"""The smallest operator, a template for new ones: schema, public function, fake kernel, derivatives.
+"""The smallest operator, a template for new ones: schema, function, fake kernel, derivatives.
 
-Its other files: ``csrc/null/`` (CPU and CUDA), ``fastcv/reference/null.py``, ``tests/ops/test_null.py``.
+Its other files: ``csrc/null/``, ``fastcv/reference/null.py``, ``tests/ops/test_null.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""fastcv::null, the template of an operator: every check that an operator gets, in its shortest form."""
+"""fastcv::null, the template of an operator: every check that one gets, in its shortest form."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_vmap():
 
 
 def test_errors():
-    with pytest.raises(TypeError, match="x: expected float32.*got torch.int64"):
+    with pytest.raises(TypeError, match=r"x: expected float32.*got torch.int64"):
         fastcv.ops.null(torch.arange(3))
     with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
         fastcv.ops.null([1.0])
