@@ -1,4 +1,4 @@
-"""roi_pool: Fast R-CNN's operator, on a feature map of stride 16 and on the finest pyramid level."""
+"""roi_pool: Fast R-CNN's operator, on a map of stride 16 and on the finest pyramid level."""
 
 import torchvision
 
