@@ -7,11 +7,20 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "feature_map.h"
 #include "types.h"
 
 namespace fastcv {
@@ -49,17 +58,77 @@ inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
+// An uninitialised CPU tensor. Large ones ask for huge pages: first touching 50 MB in pages of 4 KB takes longer than the
+// kernel that writes it.
 inline Tensor empty_cpu(std::initializer_list<int64_t> size, ScalarType dtype,
                         MemoryFormat format = MemoryFormat::Contiguous) {
   std::vector<int64_t> sizes(size);
-  return torch::stable::empty(sizes, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
+  Tensor tensor = torch::stable::empty(sizes, dtype, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t end = begin + uintptr_t(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + huge - 1) / huge * huge;
+  if (end > first + huge) madvise(reinterpret_cast<void*>(first), (end - first) / huge * huge, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+// Whether a 4-D tensor lies in memory as channels-last: torch's own rule (suggest_memory_format), ambiguities included.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4 || tensor.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int d : {1, 3, 2, 0}) {
+    if (tensor.size(d) == 0 || tensor.stride(d) < least || (d == 0 && least == tensor.stride(1))) return false;
+    least = tensor.stride(d);
+    if (tensor.size(d) > 1) least *= tensor.size(d);
+  }
+  return true;
+}
+inline MemoryFormat memory_format(const Tensor& tensor) {
+  return is_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+template <class T>
+FeatureMap<T> feature_map(const Tensor& t) {
+  T* pointer;
+  if constexpr (std::is_const_v<T>)
+    pointer = data<std::remove_const_t<T>>(t);
+  else
+    pointer = mutable_data<T>(t);
+  return {pointer,     t.size(0),   t.size(1),   t.size(2),  t.size(3),
+          t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 // f(begin, end) over [0, n) on torch's own threads; torch.set_num_threads is obeyed.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n > 0) torch::stable::parallel_for(0, n, grain, f);
+}
+
+// The same for items of uneven cost: threads take the next `grain` items as they get free.
+template <class F>
+void parallel_dynamic(int64_t n, int64_t grain, const F& f) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (n + grain - 1) / grain);
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(grain)) < n;) f(begin, std::min(n, begin + grain));
+  });
+}
+
+// Scratch memory aligned to 64 bytes.
+struct FreeScratch {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Scratch = std::unique_ptr<T[], FreeScratch>;
+
+template <class T>
+Scratch<T> allocate_scratch(size_t elements) {
+  void* p = std::aligned_alloc(64, (elements * sizeof(T) + 127) / 64 * 64);
+  STD_TORCH_CHECK(p, "fastcv: cannot allocate ", elements * sizeof(T), " bytes of scratch memory");
+  return Scratch<T>(static_cast<T*>(p));
 }
 
 }  // namespace fastcv

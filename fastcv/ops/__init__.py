@@ -1,6 +1,67 @@
 """The operators, with the names and signatures of ``torchvision.ops``."""
 
+from .blocks import (
+    MLP,
+    Conv2dNormActivation,
+    Conv3dNormActivation,
+    FrozenBatchNorm2d,
+    Permute,
+    SqueezeExcitation,
+)
+from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from .box_losses import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+from .boxes import (
+    box_area,
+    box_convert,
+    clip_boxes_to_image,
+    masks_to_boxes,
+    remove_small_boxes,
+)
+from .feature_pyramid_network import FeaturePyramidNetwork
+from .focal_loss import sigmoid_focal_loss
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
+from .regularization import (
+    DropBlock2d,
+    DropBlock3d,
+    StochasticDepth,
+    drop_block2d,
+    drop_block3d,
+    stochastic_depth,
+)
+from .roi_align import RoIAlign, roi_align
 
-__all__ = ["PaddedDetections", "batched_nms", "nms", "nms_padded"]
+__all__ = [
+    "MLP",
+    "Conv2dNormActivation",
+    "Conv3dNormActivation",
+    "DropBlock2d",
+    "DropBlock3d",
+    "FeaturePyramidNetwork",
+    "FrozenBatchNorm2d",
+    "PaddedDetections",
+    "Permute",
+    "RoIAlign",
+    "SqueezeExcitation",
+    "StochasticDepth",
+    "batched_nms",
+    "box_area",
+    "box_convert",
+    "box_iou",
+    "clip_boxes_to_image",
+    "complete_box_iou",
+    "complete_box_iou_loss",
+    "distance_box_iou",
+    "distance_box_iou_loss",
+    "drop_block2d",
+    "drop_block3d",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
+    "masks_to_boxes",
+    "nms",
+    "nms_padded",
+    "remove_small_boxes",
+    "roi_align",
+    "sigmoid_focal_loss",
+    "stochastic_depth",
+]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import _C
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
@@ -44,8 +45,10 @@ def register_autograd(
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
-    class Derivative(torch.autograd.Function):
-        # Arguments are flattened because autograd.Function does not look for tensors inside lists.
+    # The base of autograd.Function without its handling of torch.func: inside the dispatcher the transform has peeled
+    # its level off already, as for any built-in operator. Arguments are flattened because autograd does not look for
+    # tensors inside lists.
+    class Derivative(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(keyset, spec, *leaves):
             return redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
@@ -71,7 +74,10 @@ def register_autograd(
         # Grad mode off and no dual level: the usual case in inference, kept to two cheap tests.
         if (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or _has_tangent(args):
             leaves, spec = _pytree.tree_flatten((*args, *defaults[len(args) :]))
-            return Derivative.apply(keyset, spec, *leaves)
+            if not _C._are_functorch_transforms_active():
+                return Derivative.apply(keyset, spec, *leaves)
+            with enable_single_level_autograd_function():
+                return Derivative.apply(keyset, spec, *leaves)
         return redispatch(keyset, args)
 
     LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)

@@ -2,3 +2,4 @@
 
 from . import nms as nms
 from . import null as null
+from . import roi_align as roi_align

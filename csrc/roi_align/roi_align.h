@@ -1,0 +1,141 @@
+// RoIAlign (He et al., "Mask R-CNN", ICCV 2017, section 3): each bin of a region is the mean of bilinear samples.
+//
+// The mathematics, shared by all kernels. The samples of a bin form a grid, and both the bilinear weights and the rule
+// for samples outside the map are products of a vertical and a horizontal factor. So the mean over the grid is
+//     out[ph, pw] = sum_y wy[ph][y] * sum_x wx[pw][x] * feature[y, x]
+// with the weights of all samples that touch a pixel row (or column) added up once: the taps of an axis. A bin of b x b
+// pixels sampled adaptively needs (b + 1)^2 taps instead of 4 b^2 sample corners, and the taps serve all channels,
+// forward and backward.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../common/cpu_isa.h"
+#include "../common/feature_map.h"
+#include "../common/types.h"
+
+namespace fastcv {
+
+// One pixel row or column that takes part in a bin, with its weight.
+template <class W>
+struct Tap {
+  int32_t index;
+  W weight;
+};
+
+// The taps of one region. Those of vertical bin ph are taps[begin[ph]] to taps[begin[ph + 1]]; those of horizontal bin pw
+// are taps[begin[PH + 1 + pw]] to taps[begin[PH + 1 + pw + 1]].
+template <class W>
+struct RoiTaps {
+  const Tap<W>* taps;
+  const int32_t* begin;
+  int64_t row;  // of the region in the list of regions, and of its output
+  int32_t level, image;
+};
+
+// One axis of one region, in pixels of the feature map.
+template <class Coordinate>
+struct RoiAxis {
+  Coordinate start, bin;
+  int64_t grid;  // samples per bin; 0: none (an empty or non-finite region)
+
+  RoiAxis(Coordinate low, Coordinate high, Coordinate scale, Coordinate offset, bool at_least_one_pixel,
+          int64_t bins, int64_t sampling_ratio) {
+    start = low * scale - offset;
+    Coordinate extent = high * scale - offset - start;
+    if (at_least_one_pixel && extent < 1) extent = 1;
+    bin = extent / Coordinate(bins);
+    const Coordinate adaptive = std::ceil(bin);
+    grid = !(std::abs(start) <= 1e30f && std::abs(extent) <= 1e30f) ? 0
+           : sampling_ratio > 0                                     ? sampling_ratio
+           : adaptive > 0                                           ? int64_t(adaptive < 1e9f ? adaptive : 1e9f)
+                                                                    : 0;
+  }
+
+  // At most so many taps per bin on a map of `size` pixels.
+  int64_t taps_per_bin(int64_t size) const {
+    int64_t most = 2 * grid;
+    if (std::abs(bin) <= Coordinate(grid) && grid + 3 < most) most = grid + 3;  // samples at most a pixel apart
+    return most < size ? most : size;
+  }
+};
+
+// Appends the taps of all bins at `taps` and their bounds at `begin` (bins + 1 numbers, relative to `base`);
+// returns the end of the taps.
+template <class Coordinate, class W>
+Tap<W>* append_taps(const RoiAxis<Coordinate>& axis, int64_t bins, int64_t size, Tap<W>* taps, Tap<W>* base,
+                    int32_t* begin) {
+  const Coordinate inverse = axis.grid > 0 ? 1 / Coordinate(axis.grid) : 0;
+  for (int64_t p = 0; p < bins; ++p) {
+    Tap<W>* const first = taps;
+    begin[p] = int32_t(first - base);
+    const Coordinate bin_start = axis.start + Coordinate(p) * axis.bin;
+    int64_t i = 0, last = size > 0 ? axis.grid : 0;
+    if (axis.bin > 0 && axis.grid > 4) {  // skip samples that are surely outside the map
+      const double step = double(axis.bin) / double(axis.grid), slack = 2 + 1e-5 * double(axis.grid);
+      const double low = (-1 - double(bin_start)) / step - slack, high = (double(size) - double(bin_start)) / step + slack;
+      if (low > 0) i = low < double(last) ? int64_t(low) : last;
+      if (high < double(last)) last = high > 0 ? int64_t(high) : 0;
+    }
+    const auto add = [&](int32_t index, Coordinate weight) {
+      for (Tap<W>* tap = taps; tap > first && tap > taps - 2;)
+        if ((--tap)->index == index) {
+          tap->weight += W(weight);
+          return;
+        }
+      *taps++ = {index, W(weight)};
+    };
+    for (; i < last; ++i) {
+      Coordinate at = bin_start + (Coordinate(i) + Coordinate(0.5)) * axis.bin / Coordinate(axis.grid);
+      if (!(at >= -1 && at <= Coordinate(size))) continue;
+      if (at < 0) at = 0;
+      int32_t low = int32_t(at), high = low + 1;
+      if (low >= size - 1) {
+        low = high = int32_t(size - 1);
+        at = Coordinate(low);
+      }
+      const Coordinate fraction = at - Coordinate(low);
+      add(low, (1 - fraction) * inverse);
+      add(high, fraction * inverse);
+    }
+  }
+  begin[bins] = int32_t(taps - base);
+  return taps;
+}
+
+// Regions of one call in the order of visit, their taps, and the tensors.
+template <class T>
+struct RoiAlignForward {
+  const FeatureMap<const T>* levels;
+  const RoiTaps<accumulate_t<T>>* rois;
+  int64_t pooled_height, pooled_width;
+  T* output;  // [K, C, PH, PW]
+  int64_t stride_roi, stride_c, stride_bin;
+};
+template <class T>
+struct RoiAlignBackward {
+  const FeatureMap<T>* levels;  // gradients to be written
+  const RoiTaps<accumulate_t<T>>* rois;
+  int64_t pooled_height, pooled_width;
+  const T* grad;  // [K, C, PH, PW]
+  int64_t stride_roi, stride_c, stride_bin;
+};
+
+}  // namespace fastcv
+
+FASTCV_EACH_ISA(
+    // Regions begin <= i < end on channels-last maps (stride_c == 1 in maps and output).
+    template <class T> void roi_align_channels_last(const RoiAlignForward<T>& task, int64_t begin, int64_t end);
+    // Channels of one image in one block of lanes; scratch of block_scratch_elements() holds the packed image and a tile.
+    template <class T> void roi_align_packed(const RoiAlignForward<T>& task, int64_t begin, int64_t end, int64_t channel,
+                                             accumulate_t<T>* scratch);
+    // One channel after the other without packing: for few regions.
+    template <class T> void roi_align_direct(const RoiAlignForward<T>& task, int64_t begin, int64_t end);
+    // Writes the gradient of one block of channels of one image: all regions begin <= i < end of that image.
+    template <class T> void roi_align_backward_packed(const RoiAlignBackward<T>& task, int64_t level, int64_t image,
+                                                      int64_t begin, int64_t end, int64_t channel,
+                                                      accumulate_t<T>* scratch);
+    // Channels in one block.
+    template <class T> int roi_align_block_channels();)

@@ -1,0 +1,185 @@
+"""RoIAlign in plain PyTorch: the specification of ``csrc/roi_align``.
+
+The mean over a bin's grid of bilinear samples is separable, so a region is two small matrices: ``out = Wy @ map @ Wx^T``.
+Everything is differentiable with respect to the maps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _coordinates(boxes: Tensor, features: Tensor) -> Tensor:
+    """Boxes in the type of the arithmetic: double where either is, float32 otherwise."""
+    double = torch.float64 in (boxes.dtype, features.dtype)
+    return boxes.to(torch.float64 if double else torch.float32)
+
+
+def _axis_weights(
+    low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio: int, widen: bool
+) -> Tensor:
+    """One axis of one region, in pixels -> the weight of each of ``size`` pixels in each bin, ``[bins, size]``."""
+    extent = high - low
+    if widen:
+        extent = extent.clamp(min=1)
+    weights = extent.new_zeros(bins, size)
+    if not (low.abs() <= 1e30 and extent.abs() <= 1e30) or size == 0:
+        return weights
+    bin_size = extent / bins
+    grid = sampling_ratio if sampling_ratio > 0 else int(bin_size.ceil().clamp(0, 1e9))
+    if grid == 0:
+        return weights
+    first, last = 0, grid
+    if bin_size > 0 and grid > 4 * (size + 2):  # a region far larger than the map: skip what is outside
+        step = float(bin_size) / grid
+        bounds = [low.item() + p * float(bin_size) for p in range(bins)]
+    else:
+        step, bounds = 0.0, None
+    for p in range(bins):
+        if bounds is not None:
+            slack = 2 + 1e-5 * grid
+            first = min(max(0, int((-1 - bounds[p]) / step - slack)), grid)
+            last = max(first, min(grid, int((size - bounds[p]) / step + slack)))
+        samples = torch.arange(first, last, device=low.device).to(low.dtype)
+        at = (low + p * bin_size) + (samples + 0.5) * bin_size / grid
+        at = at[(at >= -1) & (at <= size)].clamp(min=0)
+        index = at.long().clamp(max=size - 1)
+        fraction = torch.where(index >= size - 1, 0.0, at - index)
+        weights[p].index_add_(0, index, (1 - fraction) / grid)
+        weights[p].index_add_(0, (index + 1).clamp(max=size - 1), fraction / grid)
+    return weights
+
+
+def check_batch_index(boxes: Tensor, images: int) -> None:
+    """Raise for the first region whose batch index is not that of an image."""
+    bad = ~((boxes[:, 0] >= 0) & (boxes[:, 0] < images))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"boxes: row {row} has batch index {float(boxes[row, 0])}, expected 0 to {images - 1} "
+            f"(the input holds {images} images)"
+        )
+
+
+def _pool(inputs, boxes, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned):
+    rois = _coordinates(boxes, inputs[0])
+    check_batch_index(rois, inputs[0].shape[0])
+    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    offset = 0.5 if aligned else 0.0
+    outputs = []
+    for roi, level in zip(rois, levels, strict=True):
+        features = inputs[level][int(roi[0])].to(dtype)
+        x1, y1, x2, y2 = roi[1:] * spatial_scales[level] - offset
+        height, width = features.shape[1:]
+        rows = _axis_weights(y1, y2, height, pooled_height, sampling_ratio, not aligned)
+        columns = _axis_weights(x1, x2, width, pooled_width, sampling_ratio, not aligned)
+        outputs.append(rows.to(dtype) @ features @ columns.to(dtype).T)
+    if outputs:
+        return torch.stack(outputs)
+    return inputs[0].new_zeros(0, inputs[0].shape[1], pooled_height, pooled_width)
+
+
+def as_format_of(result: Tensor, like: Tensor) -> Tensor:
+    """``result`` in the dtype and memory format of another tensor."""
+    memory_format = torch._prims_common.suggest_memory_format(like)
+    return result.to(like.dtype).contiguous(memory_format=memory_format)
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    scales = [spatial_scale]
+    return multiscale_roi_align(
+        [input], boxes, scales, pooled_height, pooled_width, sampling_ratio, aligned, 224, 4
+    )
+
+
+def roi_levels(
+    boxes: Tensor, spatial_scales: list[float], canonical_scale: int, canonical_level: int
+) -> Tensor:
+    """The pyramid level of each region (Lin et al., FPN, CVPR 2017, equation 1), 0 for the finest."""
+    size = ((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])).sqrt()
+    level = torch.floor(canonical_level + torch.log2(size / canonical_scale) + 1e-6)
+    finest, coarsest = (-torch.log2(torch.tensor([spatial_scales[0], spatial_scales[-1]]))).tolist()
+    level = torch.where(level.isnan(), finest, level)
+    return (level.clamp(finest, coarsest) - finest).long()
+
+
+def multiscale_roi_align(
+    inputs: list[Tensor],
+    boxes: Tensor,
+    spatial_scales: list[float],
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_scale: int,
+    canonical_level: int,
+) -> Tensor:
+    levels = [0] * boxes.shape[0]
+    if len(inputs) > 1:
+        rois = _coordinates(boxes, inputs[0])
+        levels = roi_levels(rois, spatial_scales, canonical_scale, canonical_level).tolist()
+    pooled = _pool(
+        inputs, boxes, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned
+    )
+    return as_format_of(pooled, inputs[0])
+
+
+def roi_align_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    batch_size: int,
+    channels: int,
+    height: int,
+    width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    return multiscale_roi_align_backward(
+        grad, boxes, [spatial_scale], pooled_height, pooled_width, batch_size, channels,
+        [height], [width], sampling_ratio, aligned, 224, 4,
+    )[0]  # fmt: skip
+
+
+def multiscale_roi_align_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    spatial_scales: list[float],
+    pooled_height: int,
+    pooled_width: int,
+    batch_size: int,
+    channels: int,
+    heights: list[int],
+    widths: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_scale: int,
+    canonical_level: int,
+) -> list[Tensor]:
+    """The forward is linear in the maps, so its gradient is taken at zero."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    with torch.enable_grad():
+        maps = [
+            torch.zeros(batch_size, channels, h, w, dtype=dtype, device=grad.device).requires_grad_()
+            for h, w in zip(heights, widths, strict=True)
+        ]
+        pooled = multiscale_roi_align(
+            maps, boxes, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned,
+            canonical_scale, canonical_level,
+        )  # fmt: skip
+        if boxes.shape[0] == 0:
+            gradients = [m.detach() for m in maps]
+        else:
+            gradients = torch.autograd.grad(pooled, maps, grad.to(dtype), materialize_grads=True)
+    return [as_format_of(g, grad) for g in gradients]
