@@ -6,13 +6,41 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcv
 
 torchvision = pytest.importorskip("torchvision")
 boxes_module = torchvision.ops.boxes
 
-REGIONS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
+
+def region_arguments(name, **options):
+    """Arguments of one of the operators with gradients: input first."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 20, 24, generator=generator, **options)
+    if name == "deform_conv2d":
+        weight = torch.randn(5, 12, 3, 3, generator=generator, **options)
+        offset = torch.randn(2, 18, 20, 24, generator=generator, **options)
+        mask = torch.rand(2, 9, 20, 24, generator=generator, **options)
+        return x, offset, weight, None, 1, 1, 1, mask
+    rows = [[0, 1.0, 2, 35, 24], [1, 6, 6, 40, 38], [1, 0, 0, 10, 39], [0, -5, 7, 60, 20]]
+    rois = torch.tensor(rows, **options)
+    return x, rois, (2, 3), 0.5, *((2,) if name.endswith("align") else ())
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+REGIONS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
 
 
 def random_boxes(n, seed=0, size=100.0):
@@ -47,10 +75,7 @@ def test_hand_computed_example():
 
 
 def test_patch_is_idempotent_and_reversible():
-    dumps = {
-        name: torch._C._dispatch_dump(f"torchvision::{name}")
-        for name in ("nms", *REGIONS, "deform_conv2d")
-    }
+    dumps = {name: torch._C._dispatch_dump(f"torchvision::{name}") for name in ("nms", *REGIONS)}
     code = boxes_module.batched_nms.__code__
     assert probe_nms() == TORCHVISION_ANSWER
     assert fastcv.patch("torchvision") is None
@@ -226,3 +251,117 @@ def test_errors_stay_errors():
             torchvision.ops.nms(torch.rand(3, 5), torch.rand(3), 0.5)
         with pytest.raises(ValueError, match="scores"):
             torchvision.ops.batched_nms(torch.rand(3, 4), torch.rand(2), torch.zeros(3).long(), 0.5)
+
+
+# ---- the operators with gradients ----------------------------------------------------------------
+
+
+def test_all_are_patched():
+    with fastcv.patched("torchvision"):
+        report = fastcv.build_info()["patched"]["torchvision"]["operators"]
+    assert report == [f"{name} (cpu)" for name in ("nms", *REGIONS)]
+
+
+@pytest.mark.parametrize("name", REGIONS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_results_and_gradients_agree(name, memory_format):
+    function = getattr(torchvision.ops, name)
+    x, *rest = region_arguments(name)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    expected = function(x, *rest)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    with fastcv.patched("torchvision"):
+        with Recorder() as recorder:
+            actual = function(x, *rest)
+            (gradient,) = torch.autograd.grad(actual.square().sum(), x)
+        assert recorder.names >= {f"fastcv::{name}", f"fastcv::{name}_backward"}
+        assert not any("torchvision" in called for called in recorder.names)
+        assert actual.is_contiguous()  # as torchvision's, so that .view() works
+        with torch.inference_mode():
+            assert torch.equal(function(x, *rest), actual)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+    with Recorder() as recorder:
+        function(x, *rest)
+    assert not any("fastcv" in called for called in recorder.names)
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_second_derivatives_and_forward_mode(name):
+    """torchvision raises for the first and gives zero for the second."""
+    function = getattr(torchvision.ops, name)
+    x, *rest = region_arguments(name, dtype=torch.float64)
+    x.requires_grad_()
+    direction = torch.randn_like(x)
+    with fastcv.patched("torchvision"):
+        output = function(x, *rest)
+        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((gradient * direction).sum(), x)
+        _, tangent = torch.func.jvp(lambda x: function(x, *rest), (x.detach(),), (direction,))
+        step = 1e-6
+        change = function(x + step * direction, *rest) - function(x - step * direction, *rest)
+    assert second.abs().max() > 0
+    torch.testing.assert_close(tangent, change / (2 * step), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_autocast_and_mixed_types(name):
+    """Half-precision features beside float32 boxes: torchvision raises."""
+    function = getattr(torchvision.ops, name)
+    x, *rest = region_arguments(name)
+    expected = function(x, *rest)
+    with fastcv.patched("torchvision"), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = function(x.bfloat16(), *rest)
+    assert actual.dtype == torch.bfloat16
+    scale = expected.abs().max()
+    torch.testing.assert_close(actual.float() / scale, expected / scale, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", REGIONS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiled_regions(name):
+    """A graph made before the patch stays right under it and after it, with channels-last input."""
+    function = getattr(torchvision.ops, name)
+    x, *rest = region_arguments(name)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = function(x, *rest) + 1
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x):
+        return function(x, *rest) + 1
+
+    for _ in range(2):
+        for run in (compiled, torch.no_grad()(compiled), torch.inference_mode()(compiled)):
+            torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-4)
+            with fastcv.patched("torchvision"):
+                actual = run(x)
+                assert actual.is_contiguous()
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    with fastcv.patched("torchvision"):
+        (gradient,) = torch.autograd.grad(compiled(x.requires_grad_()).sum(), x)
+        (eager,) = torch.autograd.grad(function(x, *rest).sum(), x)
+    torch.testing.assert_close(gradient, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_exported_programs_hold_torchvision_operators():
+    """What is exported under the patch runs where fastcv is not installed."""
+
+    class Pool(torch.nn.Module):
+        def forward(self, x, rois):
+            return torchvision.ops.roi_align(x, rois, 2)
+
+    arguments = region_arguments("roi_align")[:2]
+    with fastcv.patched("torchvision"):
+        program = torch.export.export(Pool(), arguments).run_decompositions()
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "torchvision.roi_align.default" in targets
+    assert not any("fastcv" in target for target in targets)
+
+
+def test_vmap():
+    x, rois, *rest = region_arguments("roi_align")
+    stack = torch.stack([x, 2 * x, -x])
+    expected = torch.stack([torchvision.ops.roi_align(each, rois, *rest) for each in stack])
+    with fastcv.patched("torchvision"):
+        actual = torch.vmap(lambda x: torchvision.ops.roi_align(x, rois, *rest))(stack)
+    torch.testing.assert_close(actual, expected)

@@ -68,6 +68,11 @@ def _redirect(name: str):
     return kernel
 
 
+def _all_devices_compiled(name: str) -> bool:
+    """Whether a kernel that is registered for no device in particular slows no device down."""
+    return not torch.accelerator.is_available() or implementation(name, "cuda") == "compiled"
+
+
 def _register(library: torch.library.Library) -> list[str]:
     """Register all redirections; returns ``"operator (device)"`` for each."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -83,6 +88,8 @@ def _register(library: torch.library.Library) -> list[str]:
                 keys.append(f"Autograd{device}")
             if name in AUTOCAST_OPERATORS:
                 keys.append(f"Autocast{device}")
+            if has_gradient and device == "CPU" and _all_devices_compiled(name):
+                keys.append("FuncTorchBatched")  # torch.vmap, where torchvision loops
             for key in keys:
                 library.impl(name, kernel, key, allow_override=True)
             registered.append(f"{name} ({device.lower()})")
