@@ -51,10 +51,10 @@ void pack(const T* source, int64_t stride_c, int64_t stride, int64_t n, int chan
   if (stride_c == 1) {
     for (; i < n; ++i)
       store(block + i * L, channels == L ? load(source + i * stride) : load_first(source + i * stride, channels));
-  } else if (stride == 1 && channels == L) {
+  } else if (stride == 1) {
     for (; i + L <= n; i += L) {
       Vec<A> rows[L];
-      for (int c = 0; c < L; ++c) rows[c] = load(source + c * stride_c + i);
+      for (int c = 0; c < L; ++c) rows[c] = c < channels ? load(source + c * stride_c + i) : Vec<A>{};
       transpose(rows);
       for (int j = 0; j < L; ++j) store(block + (i + j) * L, rows[j]);
     }
@@ -78,12 +78,12 @@ void unpack(const accumulate_t<T>* block, int64_t n, int channels, T* target, in
       else
         store_first(target + i * stride, load(block + i * L), channels);
     }
-  } else if (stride == 1 && channels == L) {
+  } else if (stride == 1) {
     for (; i + L <= n; i += L) {
       Vec<A> rows[L];
       for (int j = 0; j < L; ++j) rows[j] = load(block + (i + j) * L);
       transpose(rows);
-      for (int c = 0; c < L; ++c) store(target + c * stride_c + i, rows[c]);
+      for (int c = 0; c < channels; ++c) store(target + c * stride_c + i, rows[c]);
     }
   }
   for (; i < n; ++i)

@@ -131,8 +131,10 @@ FASTCV_EACH_ISA(
     // Channels of one image in one block of lanes; scratch of block_scratch_elements() holds the packed image and a tile.
     template <class T> void roi_align_packed(const RoiAlignForward<T>& task, int64_t begin, int64_t end, int64_t channel,
                                              accumulate_t<T>* scratch);
-    // One channel after the other without packing: for few regions.
-    template <class T> void roi_align_direct(const RoiAlignForward<T>& task, int64_t begin, int64_t end);
+    // Region i and one block of channels, packing only the pixels it reads: for few regions. Scratch:
+    // (bins + taps of the region + rows x columns that it reads) * block channels.
+    template <class T> void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t channel,
+                                               accumulate_t<T>* scratch);
     // Writes the gradient of one block of channels of one image: all regions begin <= i < end of that image.
     template <class T> void roi_align_backward_packed(const RoiAlignBackward<T>& task, int64_t level, int64_t image,
                                                       int64_t begin, int64_t end, int64_t channel,

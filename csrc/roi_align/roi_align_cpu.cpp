@@ -20,6 +20,21 @@ void check_levels(const Levels& inputs, const std::vector<double>& scales) {
                     "inputs: expected 4-D maps [N, C, H, W] of one N, C and dtype");
 }
 
+// Packing the windows of few regions touches scattered memory; packing the whole map streams.
+constexpr int64_t kWindowPenalty = 2;
+
+// Pixels that a region reads, as rows x columns, plus its taps.
+template <class W>
+int64_t window_scratch(const RoiTaps<W>& roi, const RoiGeometry& g, int64_t map_width) {
+  const int64_t y_taps = roi.begin[g.pooled_height], taps = roi.begin[g.pooled_height + g.pooled_width + 1];
+  int64_t left = map_width, right = -1;
+  for (int64_t b = y_taps; b < taps; ++b) {
+    left = std::min<int64_t>(left, roi.taps[b].index);
+    right = std::max<int64_t>(right, roi.taps[b].index);
+  }
+  return taps + y_taps * std::max<int64_t>(0, right - left + 1);
+}
+
 template <class T>
 void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, const Tensor& output) {
   using A = accumulate_t<T>;
@@ -45,11 +60,17 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
     if (first == last) continue;
     const FeatureMap<const T>& map = maps[group / g.images];
     const int64_t pixels = map.height * map.width;
-    // Packing a block reads each pixel once; without packing each tap is a scalar load per channel.
-    const double direct_work = double(plan.total_taps) * double(last - first) / double(count);
-    if (direct_work < 1.2 * double(pixels) || channels < lanes / 2) {
-      parallel_dynamic(last - first, 1, [&](int64_t begin, int64_t end) {
-        FASTCV_PICK(roi_align_direct<T>)(task, first + begin, first + end);
+    int64_t window_pixels = 0, largest = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t window = window_scratch(plan.rois[i], g, map.width);
+      largest = std::max(largest, window);
+      window_pixels += window + 16 * (window / std::max<int64_t>(1, map.width));
+    }
+    if (window_pixels * kWindowPenalty < pixels) {
+      parallel_dynamic((last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
+        const Scratch<A> scratch = allocate_scratch<A>((largest + bins) * lanes);
+        for (int64_t t = begin; t < end; ++t)
+          FASTCV_PICK(roi_align_windowed<T>)(task, first + t / blocks, t % blocks * lanes, scratch.get());
       });
       continue;
     }

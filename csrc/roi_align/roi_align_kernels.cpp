@@ -55,6 +55,23 @@ void bin_tail(const T* features, const FeatureMap<const T>& map, const Tap<Acc<T
   store_first(out + c, sum, n);
 }
 
+// All bins of a region for one packed block of channels: into `tile` [bins][L], then to the output.
+template <class T>
+void pool_block(const RoiAlignForward<T>& task, const RoiTaps<Acc<T>>& roi, const Tap<Acc<T>>* taps,
+                const Acc<T>* features, int64_t stride_y, int64_t channel, int channels, Acc<T>* tile) {
+  constexpr int L = kLanes<Acc<T>>;
+  const int32_t *y = roi.begin, *x = roi.begin + task.pooled_height + 1;
+  Acc<T>* out = tile;
+  for (int64_t ph = 0; ph < task.pooled_height; ++ph)
+    for (int64_t pw = 0; pw < task.pooled_width; ++pw, out += L) {
+      Vec<Acc<T>> sum[1];
+      sum_bin<1>(features, stride_y, L, taps + y[ph], taps + y[ph + 1], taps + x[pw], taps + x[pw + 1], sum);
+      store(out, sum[0]);
+    }
+  unpack(tile, task.pooled_height * task.pooled_width, channels,
+         task.output + roi.row * task.stride_roi + channel * task.stride_c, task.stride_c, task.stride_bin);
+}
+
 }  // namespace
 
 template <class T>
@@ -82,48 +99,45 @@ void roi_align_packed(const RoiAlignForward<T>& task, int64_t begin, int64_t end
   constexpr int L = kLanes<Acc<T>>;
   const FeatureMap<const T>& map = task.levels[task.rois[begin].level];
   const int channels = int(map.channels - channel < L ? map.channels - channel : L);
-  const int64_t bins = task.pooled_height * task.pooled_width;
   pack_image(map, task.rois[begin].image, channel, channels, scratch);
-  Acc<T>* tile = scratch + map.height * map.width * L;  // [bins][L]
   for (int64_t i = begin; i < end; ++i) {
     const RoiTaps<Acc<T>>& roi = task.rois[i];
-    const int32_t *y = roi.begin, *x = roi.begin + task.pooled_height + 1;
-    Acc<T>* out = tile;
-    for (int64_t ph = 0; ph < task.pooled_height; ++ph)
-      for (int64_t pw = 0; pw < task.pooled_width; ++pw, out += L) {
-        Vec<Acc<T>> sum[1];
-        sum_bin<1>(static_cast<const Acc<T>*>(scratch), map.width * L, L, roi.taps + y[ph], roi.taps + y[ph + 1],
-                   roi.taps + x[pw], roi.taps + x[pw + 1], sum);
-        store(out, sum[0]);
-      }
-    unpack(tile, bins, channels, task.output + roi.row * task.stride_roi + channel * task.stride_c, task.stride_c,
-           task.stride_bin);
+    pool_block(task, roi, roi.taps, scratch, map.width * L, channel, channels, scratch + map.height * map.width * L);
   }
 }
 
 template <class T>
-void roi_align_direct(const RoiAlignForward<T>& task, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const RoiTaps<Acc<T>>& roi = task.rois[i];
-    const FeatureMap<const T>& map = task.levels[roi.level];
-    const int32_t *y = roi.begin, *x = roi.begin + task.pooled_height + 1;
-    for (int64_t c = 0; c < map.channels; ++c) {
-      const T* features = map.data + roi.image * map.stride_n + c * map.stride_c;
-      T* out = task.output + roi.row * task.stride_roi + c * task.stride_c;
-      for (int64_t ph = 0; ph < task.pooled_height; ++ph)
-        for (int64_t pw = 0; pw < task.pooled_width; ++pw, out += task.stride_bin) {
-          Acc<T> sum = 0;
-          for (int32_t a = y[ph]; a < y[ph + 1]; ++a) {
-            const T* row = features + roi.taps[a].index * map.stride_y;
-            Acc<T> row_sum = 0;
-            for (int32_t b = x[pw]; b < x[pw + 1]; ++b)
-              row_sum += to_accumulate(row[roi.taps[b].index * map.stride_x]) * roi.taps[b].weight;
-            sum += row_sum * roi.taps[a].weight;
-          }
-          from_accumulate(sum, out);
-        }
+void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t channel, Acc<T>* scratch) {
+  constexpr int L = kLanes<Acc<T>>;
+  const RoiTaps<Acc<T>>& roi = task.rois[i];
+  const FeatureMap<const T>& map = task.levels[roi.level];
+  const int channels = int(map.channels - channel < L ? map.channels - channel : L);
+  const int32_t y_taps = roi.begin[task.pooled_height], taps = roi.begin[task.pooled_height + task.pooled_width + 1];
+  int32_t left = int32_t(map.width), right = -1;
+  for (int32_t b = y_taps; b < taps; ++b) {
+    left = roi.taps[b].index < left ? roi.taps[b].index : left;
+    right = roi.taps[b].index > right ? roi.taps[b].index : right;
+  }
+  // Rows are packed one below the other, only those with a tap; taps[] says where each came to lie.
+  Acc<T>* const tile = scratch;
+  Tap<Acc<T>>* const local = reinterpret_cast<Tap<Acc<T>>*>(tile + task.pooled_height * task.pooled_width * L);
+  Acc<T>* const window = tile + task.pooled_height * task.pooled_width * L + int64_t(taps) * L;
+  const int64_t width = right - left + 1;
+  const T* features = map.data + roi.image * map.stride_n + channel * map.stride_c + left * map.stride_x;
+  int32_t rows = 0;
+  for (int32_t a = 0; a < y_taps; ++a) {
+    int32_t place = rows;
+    for (int32_t back = a - 1; back >= 0 && back >= a - 2; --back)
+      if (roi.taps[back].index == roi.taps[a].index) place = local[back].index;
+    local[a] = {place, roi.taps[a].weight};
+    if (place == rows && width > 0) {
+      pack(features + roi.taps[a].index * map.stride_y, map.stride_c, map.stride_x, width, channels,
+           window + rows * width * L);
+      ++rows;
     }
   }
+  for (int32_t b = y_taps; b < taps; ++b) local[b] = {roi.taps[b].index - left, roi.taps[b].weight};
+  pool_block(task, roi, local, window, width * L, channel, channels, tile);
 }
 
 template <class T>
@@ -165,7 +179,7 @@ int roi_align_block_channels() {
 #define FASTCV_INSTANTIATE(T)                                                                                      \
   template void roi_align_channels_last<T>(const RoiAlignForward<T>&, int64_t, int64_t);                           \
   template void roi_align_packed<T>(const RoiAlignForward<T>&, int64_t, int64_t, int64_t, Acc<T>*);                \
-  template void roi_align_direct<T>(const RoiAlignForward<T>&, int64_t, int64_t);                                  \
+  template void roi_align_windowed<T>(const RoiAlignForward<T>&, int64_t, int64_t, Acc<T>*);                       \
   template void roi_align_backward_packed<T>(const RoiAlignBackward<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, \
                                              Acc<T>*);                                                             \
   template int roi_align_block_channels<T>();
