@@ -118,9 +118,7 @@ class FixedModel(torch.nn.Module):
         assert images[0].shape == (3, 48, 64) and 0 <= images[0].min() <= images[0].max() <= 1
         assert "torchvision" in fastcv.build_info()["patched"]
         boxes = torch.tensor([[10.0, 10, 30, 30], [40, 5, 60, 40]])
-        return [
-            {"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.3])}
-        ]
+        return [{"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.3])}]
 
 
 def test_detect(picture, tmp_path, monkeypatch, capsys):

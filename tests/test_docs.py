@@ -42,8 +42,7 @@ def test_every_public_operator_has_an_example():
     without = [
         name
         for name in fastcv.ops.__all__
-        if callable(getattr(fastcv.ops, name))
-        and ">>>" not in (getattr(fastcv.ops, name).__doc__ or "")
+        if callable(getattr(fastcv.ops, name)) and ">>>" not in (getattr(fastcv.ops, name).__doc__ or "")
     ]
     # Results and typing helpers are shown in the examples of what returns them.
     assert without in ([], ["PaddedDetections"])

@@ -135,9 +135,7 @@ def test_blocks_of_several_threads():
 
 def test_unknown_package():
     for call in (fastcv.patch, fastcv.unpatch, lambda name: fastcv.patched(name).__enter__()):
-        with pytest.raises(
-            ValueError, match="package: expected one of 'torchvision', got 'detectron3'"
-        ):
+        with pytest.raises(ValueError, match="package: expected one of 'torchvision', got 'detectron3'"):
             call("detectron3")
 
 
@@ -192,9 +190,7 @@ def test_nms_agrees(threshold):
         assert torch.equal(torchvision.ops.nms(boxes, scores, threshold), expected)
         assert torch.equal(torch.ops.torchvision.nms(boxes, scores, threshold), expected)
         with torch.inference_mode():
-            assert torch.equal(
-                torchvision.ops.nms(boxes.clone(), scores.clone(), threshold), expected
-            )
+            assert torch.equal(torchvision.ops.nms(boxes.clone(), scores.clone(), threshold), expected)
         with torch.autocast("cpu"):
             assert torch.equal(torchvision.ops.nms(boxes, scores, threshold), expected)
         assert torch.equal(torchvision.ops.nms(boxes.requires_grad_(), scores, threshold), expected)
@@ -205,9 +201,7 @@ def test_torchscript():
     survives the change."""
 
     def suppress(boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return torchvision.ops.boxes.batched_nms(
-            boxes, scores, torch.zeros_like(scores).long(), 0.5
-        )
+        return torchvision.ops.boxes.batched_nms(boxes, scores, torch.zeros_like(scores).long(), 0.5)
 
     scripted = torch.jit.script(suppress)
     with fastcv.patched("torchvision"):

@@ -26,9 +26,7 @@ def other_torch():
         temporary.rename(folder)
     result = run_python(["-c", "import torch; print(torch.__version__)"], paths=[folder])
     if result.returncode:
-        pytest.skip(
-            f"torch {OTHER} does not run beside this one's packages: {result.stderr[-300:]}"
-        )
+        pytest.skip(f"torch {OTHER} does not run beside this one's packages: {result.stderr[-300:]}")
     assert result.stdout.startswith(OTHER)
     return folder
 
