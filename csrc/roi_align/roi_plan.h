@@ -31,14 +31,17 @@ struct RoiPlan {
   int64_t total_taps = 0;         // products of row and column taps over all bins: the work per channel
 };
 
-// The level of equation 1, as torchvision computes it; a region without a positive area goes to the finest.
+// The level of equation 1: the finest one that is coarse enough, else the coarsest; a region without a positive area goes
+// to the finest. Where each level halves the one before, this is torchvision's assignment.
 template <class C>
 int32_t roi_level(const C* roi, const RoiGeometry& g) {
-  if (g.levels.size() == 1) return 0;
+  const int32_t last = int32_t(g.levels.size()) - 1;
+  if (last == 0) return 0;
   const C size = std::sqrt((roi[3] - roi[1]) * (roi[4] - roi[2]));
   const C level = std::floor(C(g.canonical_level) + std::log2(size / C(g.canonical_scale)) + C(1e-6));
-  const C finest = C(-std::log2(g.levels.front().scale)), coarsest = C(-std::log2(g.levels.back().scale));
-  return int32_t(level >= coarsest ? coarsest - finest : level >= finest ? level - finest : 0);
+  for (int32_t i = 0; i < last; ++i)
+    if (!(level > C(std::round(-std::log2(g.levels[i].scale))))) return i;
+  return last;
 }
 
 inline int64_t roi_image(double value, int64_t row, int64_t images) {

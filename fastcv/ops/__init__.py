@@ -19,6 +19,7 @@ from .boxes import (
 )
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
+from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
 from .regularization import (
@@ -40,6 +41,7 @@ __all__ = [
     "FeaturePyramidNetwork",
     "FrozenBatchNorm2d",
     "PaddedDetections",
+    "MultiScaleRoIAlign",
     "Permute",
     "RoIAlign",
     "SqueezeExcitation",
@@ -58,6 +60,7 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "masks_to_boxes",
+    "multiscale_roi_align",
     "nms",
     "nms_padded",
     "remove_small_boxes",

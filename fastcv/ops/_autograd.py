@@ -39,6 +39,7 @@ def register_autograd(
         jvp: ``(ctx, *tangents)`` -> tangent of the output(s); tangents are None for constant arguments.
     """
     op = getattr(torch.ops.fastcv, name).default
+    returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
     defaults = [a.default_value if a.has_default_value() else None for a in op._schema.arguments]
 
     def redispatch(keyset, args):
@@ -51,7 +52,8 @@ def register_autograd(
     class Derivative(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(keyset, spec, *leaves):
-            return redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
+            result = redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
+            return tuple(result) if returns_list else result
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -60,13 +62,14 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx, *grads):
-            gradients = backward(ctx, *grads)
+            gradients = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
             gradients = gradients if isinstance(gradients, tuple) else (gradients,)
             return None, None, *_pytree._broadcast_to_and_flatten(gradients, ctx.spec)
 
         @staticmethod
         def jvp(ctx, keyset, spec, *tangents):
-            return jvp(ctx, *_pytree.tree_unflatten(tangents, ctx.spec))
+            result = jvp(ctx, *_pytree.tree_unflatten(tangents, ctx.spec))
+            return tuple(result) if returns_list else result
 
     Derivative.__name__ = Derivative.__qualname__ = f"fastcv_{name}"
 
@@ -74,10 +77,12 @@ def register_autograd(
         # Grad mode off and no dual level: the usual case in inference, kept to two cheap tests.
         if (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or _has_tangent(args):
             leaves, spec = _pytree.tree_flatten((*args, *defaults[len(args) :]))
-            if not _C._are_functorch_transforms_active():
-                return Derivative.apply(keyset, spec, *leaves)
-            with enable_single_level_autograd_function():
-                return Derivative.apply(keyset, spec, *leaves)
+            if _C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    result = Derivative.apply(keyset, spec, *leaves)
+            else:
+                result = Derivative.apply(keyset, spec, *leaves)
+            return list(result) if returns_list else result
         return redispatch(keyset, args)
 
     LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)

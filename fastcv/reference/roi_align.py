@@ -6,6 +6,8 @@ Everything is differentiable with respect to the maps.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -104,12 +106,11 @@ def roi_align(
 def roi_levels(
     boxes: Tensor, spatial_scales: list[float], canonical_scale: int, canonical_level: int
 ) -> Tensor:
-    """The pyramid level of each region (Lin et al., FPN, CVPR 2017, equation 1), 0 for the finest."""
+    """The pyramid level of each region (Lin et al., FPN, CVPR 2017, equation 1): the finest that is coarse enough."""
     size = ((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])).sqrt()
-    level = torch.floor(canonical_level + torch.log2(size / canonical_scale) + 1e-6)
-    finest, coarsest = (-torch.log2(torch.tensor([spatial_scales[0], spatial_scales[-1]]))).tolist()
-    level = torch.where(level.isnan(), finest, level)
-    return (level.clamp(finest, coarsest) - finest).long()
+    wanted = torch.floor(canonical_level + torch.log2(size / canonical_scale) + 1e-6)
+    available = [round(-math.log2(scale)) for scale in spatial_scales[:-1]]
+    return sum(((wanted > level).long() for level in available), torch.zeros_like(wanted, dtype=torch.int64))
 
 
 def multiscale_roi_align(
