@@ -16,10 +16,7 @@ HERE = Path(__file__).resolve().parent
 
 def find_cases(only: str) -> list[harness.Case]:
     """The cases of all ``bench_*.py`` whose operator's name contains ``only``."""
-    modules = [
-        importlib.import_module(f"benchmarks.{path.stem}")
-        for path in sorted(HERE.glob("bench_*.py"))
-    ]
+    modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in sorted(HERE.glob("bench_*.py"))]
     return [case for module in modules for case in module.CASES if only in case.operator]
 
 

@@ -26,9 +26,7 @@ YOLO_CONTENDERS = {
 
 def _agree_but_for_rounding(ours, theirs):
     """Shifted coordinates lose up to 10 bits, which decides a few boxes at the threshold."""
-    differ = (
-        torch.isin(ours, theirs, invert=True).sum() + torch.isin(theirs, ours, invert=True).sum()
-    )
+    differ = torch.isin(ours, theirs, invert=True).sum() + torch.isin(theirs, ours, invert=True).sum()
     assert differ <= 2e-3 * len(theirs), f"{differ} of {len(theirs)} boxes differ"
 
 

@@ -32,9 +32,7 @@ CASES = [
         _case("1000 RoIs x 256 x 7x7, P2", 1000, (1, 256, 200, 272), 1 / 4, layout),
         _case("300 RoIs x 512 x 7x7, VGG-16", 300, (1, 512, 50, 68), 1 / 16, layout),
         _case("1 RoI x 16 x 7x7", 1, (1, 16, 50, 68), 1 / 16, layout),
-        _case(
-            "backward, 1000 RoIs x 256 x 7x7, P2", 1000, (1, 256, 200, 272), 1 / 4, layout, backward
-        ),
+        _case("backward, 1000 RoIs x 256 x 7x7, P2", 1000, (1, 256, 200, 272), 1 / 4, layout, backward),
     )
 ]
 

@@ -68,13 +68,9 @@ class Case:
             if self.agree is not None:
                 self.agree(result, expected)
             else:
-                torch.testing.assert_close(
-                    result, expected, rtol=self.tolerance, atol=self.tolerance, equal_nan=True
-                )
+                torch.testing.assert_close(result, expected, rtol=self.tolerance, atol=self.tolerance, equal_nan=True)
         except AssertionError as error:
-            raise AssertionError(
-                f"{self.name}: {name} disagrees with the baseline: {error}"
-            ) from error
+            raise AssertionError(f"{self.name}: {name} disagrees with the baseline: {error}") from error
 
 
 def forward(function: Callable) -> Callable[..., Thunk]:
@@ -205,9 +201,7 @@ def environment() -> dict[str, Any]:
 
 
 def _affinity():
-    return (
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 # ---- pytest-benchmark ----------------------------------------------------------------------------
@@ -218,9 +212,7 @@ def as_test(cases: list[Case]):
     import pytest
 
     parameters = [
-        pytest.param(case, contender, id=f"{case.shape}-{contender}")
-        for case in cases
-        for contender in case.contenders
+        pytest.param(case, contender, id=f"{case.shape}-{contender}") for case in cases for contender in case.contenders
     ]
     prepared: dict[str, dict[str, Thunk]] = {}
 

@@ -61,9 +61,7 @@ def save_table(path: Path, results: list[Result], environment: dict) -> None:
         for name, times in others:
             ratio = times.median / ours.median
             mark = f"**{format_ratio(ratio)}**" if ratio >= 1 else f"{format_ratio(ratio)}, slower"
-            lines.append(
-                f"| {result.shape} | {_spread(ours)} | {name} | {_spread(times)} | {mark} |"
-            )
+            lines.append(f"| {result.shape} | {_spread(ours)} | {name} | {_spread(times)} | {mark} |")
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 

@@ -128,9 +128,7 @@ def yolo_candidates(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 # ---- regions -------------------------------------------------------------------------------------
 
 
-def feature(
-    size: tuple[int, ...], *, channels_last: bool, seed: int = 0, grad: bool = False
-) -> Tensor:
+def feature(size: tuple[int, ...], *, channels_last: bool, seed: int = 0, grad: bool = False) -> Tensor:
     x = torch.randn(size, generator=_generator(seed))
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """fastcv.patch("torchvision"): who gets the kernels, equal results, nothing left after unpatch."""
 
+import copy
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcv
+from fastcv.demo.detector import same_detections
 
 torchvision = pytest.importorskip("torchvision")
 boxes_module = torchvision.ops.boxes
@@ -359,3 +361,98 @@ def test_vmap():
     with fastcv.patched("torchvision"):
         actual = torch.vmap(lambda x: torchvision.ops.roi_align(x, rois, *rest))(stack)
     torch.testing.assert_close(actual, expected)
+
+
+# ---- the pooler of feature pyramids --------------------------------------------------------------
+
+
+def pyramid(names=("0", "1", "2", "3"), **options):
+    generator = torch.Generator().manual_seed(0)
+    strides = {"0": 4, "1": 8, "2": 16, "3": 32}
+    maps = {name: torch.randn(2, 6, 256 // strides[name], 320 // strides[name], generator=generator) for name in names}
+    maps = {name: value.to(**options) for name, value in maps.items()}
+    return maps, [random_boxes(40, seed, 200.0)[0] * 1.3 for seed in (1, 2)], [(256, 320)] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_format": torch.channels_last}])
+def test_multiscale_roi_align_agrees(options):
+    pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+    arguments = pyramid(**options)
+    expected = pool(*arguments)
+    with fastcv.patched("torchvision"):
+        with Recorder() as recorder:
+            actual = pool(*arguments)
+        scripted = torch.jit.script(pool)
+        compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(scripted(*arguments), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(*arguments), expected, rtol=1e-4, atol=1e-4)
+    assert "fastcv::multiscale_roi_align" in recorder.names
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(pool(*arguments), expected)
+    assert torch.equal(scripted(*arguments), expected)
+
+
+def test_multiscale_roi_align_leaves_the_unusual_to_torchvision():
+    """A single map, levels left out, and maps of several types give what they give unpatched."""
+    cases = []
+    for names in (["1"], ["0", "3"], ["0", "1", "2"]):
+        pool = torchvision.ops.MultiScaleRoIAlign(names, 7, 2)
+        cases.append((pool, pyramid(names)))
+    maps, boxes, sizes = pyramid()
+    maps["0"] = maps["0"].double()
+    boxes = [b.double() for b in boxes]
+    pool = torchvision.ops.MultiScaleRoIAlign(["0"], 7, 2)
+    cases.append((pool, (maps, boxes, sizes)))
+    for pool, arguments in cases:
+        expected = pool(*arguments)
+        with fastcv.patched("torchvision"):
+            actual = pool(*arguments)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_multiscale_roi_align_of_maps_of_several_types():
+    """As autocast leaves them; torchvision raises for half-precision maps beside float32 boxes."""
+    maps, boxes, sizes = pyramid()
+    pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+    expected = pool(maps, boxes, sizes)
+    maps["1"] = maps["1"].bfloat16()
+    with fastcv.patched("torchvision"):
+        actual = pool(maps, boxes, sizes)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+
+
+# ---- whole models --------------------------------------------------------------------------------
+
+
+def test_detector_gives_the_same():
+    """torchvision's Faster R-CNN, in training (losses and gradients) and inference."""
+    torch.manual_seed(0)
+    detection = torchvision.models.detection
+    backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    model = detection.FasterRCNN(backbone, num_classes=3, min_size=160, max_size=260, box_score_thresh=0.0)
+    image = torch.rand(3, 200, 260)
+    boxes = torch.tensor([[10.0, 10, 90, 90], [30, 40, 220, 150]])
+    target = {"boxes": boxes, "labels": torch.tensor([1, 2])}
+
+    def step():
+        torch.manual_seed(1)
+        own = copy.deepcopy(model).train()
+        losses = own([image], [target])
+        sum(losses.values()).backward()
+        gradient = own.backbone.fpn.inner_blocks[0][0].weight.grad
+        with torch.inference_mode():
+            (found,) = own.eval()([image])
+        return {key: value.detach() for key, value in losses.items()}, gradient, found
+
+    losses, gradient, found = step()
+    with fastcv.patched("torchvision"), Recorder() as recorder:
+        patched_losses, patched_gradient, patched_found = step()
+    names = {"fastcv::batched_nms", "fastcv::multiscale_roi_align_backward"}
+    assert recorder.names >= names
+    torch.testing.assert_close(patched_losses, losses, rtol=1e-3, atol=1e-4)
+    scale = gradient.abs().max()
+    torch.testing.assert_close(patched_gradient / scale, gradient / scale, rtol=0, atol=1e-3)
+    assert len(found["boxes"]) > 10
+    same_detections(patched_found, found)

@@ -18,9 +18,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("detect", help=text, description=text.capitalize() + ".")
     parser.add_argument("image", type=Path, help="an image file")
     parser.add_argument("--model", default="fasterrcnn_resnet50_fpn", help="default: %(default)s")
-    parser.add_argument(
-        "--score", type=float, default=0.5, help="least score, default: %(default)s"
-    )
+    parser.add_argument("--score", type=float, default=0.5, help="least score, default: %(default)s")
     parser.add_argument("--output", type=Path, help="default: IMAGE_detections.png here")
     return parser
 
@@ -82,8 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
     sure = found["scores"] >= arguments.score
     boxes, scores = found["boxes"][sure], found["scores"][sure].tolist()
     labels = [
-        f"{names[label]} {score:.2f}"
-        for label, score in zip(found["labels"][sure].tolist(), scores, strict=True)
+        f"{names[label]} {score:.2f}" for label, score in zip(found["labels"][sure].tolist(), scores, strict=True)
     ]
     output = arguments.output or Path(f"{arguments.image.stem}_detections.png")
     save_boxes(output, image, boxes, labels)

@@ -63,9 +63,7 @@ def render(facts: dict) -> str:
         lines.append(f"{name:<{width}}  {live['cpu']:<9}  {live['cuda']}")
     lines += ["", "patched packages"]
     for package, report in facts["patched"].items():
-        lines.append(
-            f"{package}: {', '.join(report['operators'] + report['functions']) or 'nothing'}"
-        )
+        lines.append(f"{package}: {', '.join(report['operators'] + report['functions']) or 'nothing'}")
     if not facts["patched"]:
         lines.append("none")
     return "\n".join(lines)

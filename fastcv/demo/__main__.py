@@ -36,14 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     photograph = astronaut()
     info = fastcv.build_info()
-    print(
-        f"fastcv {fastcv.__version__}, torch {info['torch']}, {info['cpu_isa']} kernels, ", end=""
-    )
+    print(f"fastcv {fastcv.__version__}, torch {info['torch']}, {info['cpu_isa']} kernels, ", end="")
     print(f"{torch.get_num_threads()} threads; medians of {options.rounds} runs, by turns\n")
 
-    print(
-        f"Faces in a photograph of {photograph.shape[1]} x {photograph.shape[0]} (MTCNN of ", end=""
-    )
+    print(f"Faces in a photograph of {photograph.shape[1]} x {photograph.shape[0]} (MTCNN of ", end="")
     print("facenet-pytorch, trained weights)")
     comparison, boxes, scores = faces.run(photograph, options.rounds)
     print(comparison.table())

@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 import types
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from torch import Tensor
 from .. import ops
 from .._library import OPERATORS as defined
 from .._library import cpu_loaded, implementation, mend_command
+
+if TYPE_CHECKING:
+    from torchvision.ops.poolers import LevelMapper
 
 # Operators without a gradient are re-pointed below autograd, so that graphs keep torchvision's
 # node; those with one above it, so that their derivatives are fastcv's too.
@@ -110,6 +114,41 @@ def batched_nms(boxes, scores, idxs, iou_threshold):
     return ops.batched_nms(boxes, scores, idxs, iou_threshold)
 
 
+def multiscale_roi_align(x_filtered, boxes, output_size, sampling_ratio, scales, mapper):
+    """Replaces the loop over pyramid levels of ``torchvision.ops.MultiScaleRoIAlign``."""
+    if (
+        torch.jit.is_tracing()
+        or x_filtered[0].device.type not in _devices
+        or not _is_plain_pyramid(x_filtered, scales, mapper)
+    ):
+        return _originals["_multiscale_roi_align"](x_filtered, boxes, output_size, sampling_ratio, scales, mapper)
+    return ops.multiscale_roi_align(
+        x_filtered,
+        boxes,
+        output_size,
+        scales,
+        sampling_ratio,
+        canonical_scale=mapper.s0,
+        canonical_level=mapper.lvl0,
+    ).contiguous()
+
+
+def _is_plain_pyramid(maps, scales, mapper) -> bool:
+    """Several maps alike but for their size, one for each level, assigned by torchvision's rule.
+
+    Anything else (types mixed by autocast, levels left out, a mapper of one's own) is left to torchvision.
+    """
+    first = maps[0]
+    return (
+        len(maps) > 1
+        and scales is not None
+        and type(mapper) is sys.modules["torchvision.ops.poolers"].LevelMapper
+        and mapper.eps == 1e-6
+        and len(maps) == len(scales) == mapper.k_max - mapper.k_min + 1
+        and all(m.dtype == first.dtype and m.shape[:2] == first.shape[:2] for m in maps)
+    )
+
+
 _originals: dict[str, types.FunctionType] = {}
 _devices = tuple(d for d in ("cpu", "cuda") if implementation("nms", d) == "compiled")
 
@@ -124,9 +163,7 @@ class _Swap:
     def __init__(self, function: types.FunctionType, body: types.FunctionType, replacement) -> None:
         self.function = function
         self.code = function.__code__
-        original = types.FunctionType(
-            self.code, function.__globals__, function.__name__, function.__defaults__
-        )
+        original = types.FunctionType(self.code, function.__globals__, function.__name__, function.__defaults__)
         original.__annotations__ = function.__annotations__
         original.__module__ = function.__module__
         _originals[function.__name__] = original
@@ -154,6 +191,24 @@ def _batched_nms_body(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold
         return _fastcv_batched_nms(boxes, scores, idxs, iou_threshold)  # noqa: F821
 
 
+def _multiscale_roi_align_body(
+    x_filtered: list[Tensor],
+    boxes: list[Tensor],
+    output_size: list[int],
+    sampling_ratio: int,
+    scales: list[float] | None,
+    mapper: LevelMapper | None,
+) -> Tensor:
+    if torch.jit.is_scripting():
+        return _torchvision__multiscale_roi_align(  # noqa: F821
+            x_filtered, boxes, output_size, sampling_ratio, scales, mapper
+        )
+    else:
+        return _fastcv__multiscale_roi_align(  # noqa: F821
+            x_filtered, boxes, output_size, sampling_ratio, scales, mapper
+        )
+
+
 # ---- apply and undo ------------------------------------------------------------------------------
 
 
@@ -165,11 +220,15 @@ class _Applied:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*Overriding a previously registered")
                 operators = _register(self.library)
-            functions = []
             if "nms (cpu)" in operators:
-                function = torchvision.ops.boxes.batched_nms
-                self.swaps.append(_Swap(function, _batched_nms_body, batched_nms))
-                functions.append("torchvision.ops.batched_nms")
+                self._swap(torchvision.ops.boxes.batched_nms, _batched_nms_body, batched_nms)
+            if "roi_align (cpu)" in operators:
+                self._swap(
+                    torchvision.ops.poolers._multiscale_roi_align,
+                    _multiscale_roi_align_body,
+                    multiscale_roi_align,
+                )
+            functions = [f"{swap.function.__module__}.{swap.function.__name__}" for swap in self.swaps]
         except BaseException:
             self.undo()
             raise
@@ -177,6 +236,9 @@ class _Applied:
         self.cache_tag = torch.compiler.config.cache_key_tag
         torch.compiler.config.cache_key_tag = f"{self.cache_tag}fastcv"
         _reset_compiler()
+
+    def _swap(self, function, body, replacement) -> None:
+        self.swaps.append(_Swap(function, body, replacement))
 
     def undo(self) -> None:
         for swap in reversed(self.swaps):
@@ -206,8 +268,7 @@ def apply() -> _Applied:
     if not cpu_loaded:
         warnings.warn(
             "fastcv.patch('torchvision') changes nothing: fastcv's compiled kernels are not in "
-            "use, and the reference path would be slower than torchvision. To mend this, run: "
-            + mend_command(),
+            "use, and the reference path would be slower than torchvision. To mend this, run: " + mend_command(),
             RuntimeWarning,
             stacklevel=5,
         )
