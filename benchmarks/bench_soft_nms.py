@@ -1,4 +1,7 @@
-"""soft_nms: against the package ensemble-boxes (NumPy) and a loop in PyTorch."""
+"""soft_nms: against the package ensemble-boxes (NumPy) and a loop in PyTorch.
+
+ensemble-boxes returns the boxes kept with their first scores, so these are what is compared.
+"""
 
 import ensemble_boxes
 import torch
@@ -14,19 +17,19 @@ def _inputs(n):
 
 
 def _ours(boxes, scores):
-    return fastcv.ops.soft_nms(boxes, scores, 0.3, 0.5, 0.001, method="gaussian")[1]
+    kept, _ = fastcv.ops.soft_nms(boxes, scores, 0.3, 0.5, 0.001, method="gaussian")
+    return scores[kept].sort().values
 
 
 def _loop(boxes, scores):
-    return fastcv.reference.soft_nms.soft_nms(boxes, scores, None, 0.3, 0.5, 0.001, "gaussian")[1]
+    loop = fastcv.reference.soft_nms.soft_nms
+    return scores[loop(boxes, scores, None, 0.3, 0.5, 0.001, "gaussian")[0]].sort().values
 
 
 def _ensemble_boxes(boxes, scores):
     labels = torch.zeros(len(scores)).numpy()
-    _, kept, _ = ensemble_boxes.soft_nms(
-        [boxes.numpy()], [scores.numpy().copy()], [labels], method=2, sigma=0.5, thresh=0.001
-    )
-    return torch.from_numpy(kept).float().sort(descending=True).values
+    _, kept, _ = ensemble_boxes.soft_nms([boxes.numpy()], [scores.numpy()], [labels], method=2, sigma=0.5, thresh=0.001)
+    return torch.from_numpy(kept).float().sort().values
 
 
 CASES = [

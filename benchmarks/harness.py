@@ -131,6 +131,8 @@ def measure(thunks: dict[str, Thunk], budget: float, least_rounds: int) -> dict[
         seconds = _sample(thunk, 1)
         calls[name] = max(1, round(MINIMUM_SAMPLE / max(seconds, 1e-7)))
         cost += seconds * calls[name]
+    if cost > budget / 3:
+        least_rounds = min(least_rounds, 4)  # a round of seconds is not noisy
     rounds = min(MOST_ROUNDS, max(least_rounds, int(budget / cost)))
     samples: dict[str, list[float]] = {name: [] for name in thunks}
     for _ in range(rounds):
