@@ -45,18 +45,26 @@ def run_python(
     )
 
 
-def run_kernel_tests(files: Sequence[Path], **options) -> str:
+def kernel_test_files() -> list[Path]:
+    """The tests of operators that have a folder in ``csrc`` or are registered as ``fastcv::``."""
+    from fastcv import _library
+
+    names = {folder.name for folder in (ROOT / "csrc").iterdir()} | set(_library.OPERATORS)
+    return [path for path in sorted((ROOT / "tests/ops").glob("*.py")) if path.stem[5:] in names]
+
+
+def run_kernel_tests(**options) -> str:
     """Runs the kernel tests of operators in a fresh process; returns the output if they pass."""
     arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-k", KERNEL_TESTS]
-    result = run_python([*arguments, *map(str, files)], **options)
+    result = run_python([*arguments, *map(str, kernel_test_files())], **options)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]
     assert " passed" in output, output[-6000:]
     return output
 
 
-@pytest.fixture
-def without_patches():
+@pytest.fixture(autouse=True)
+def nothing_stays_patched():
     """Fails a test that leaves a package patched."""
     import fastcv
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sysconfig
 
 import pytest
 from conftest import ROOT
@@ -36,9 +37,9 @@ target_link_libraries(program PRIVATE fastcv::fastcv_kernels)
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    cmake = shutil.which("cmake")
+    cmake = shutil.which("cmake", path=sysconfig.get_path("scripts")) or shutil.which("cmake")
     if cmake is None:
-        pytest.skip("needs cmake on the PATH")
+        pytest.skip("needs cmake")
     builds = sorted(ROOT.glob("build/*/libfastcv_kernels.a"), key=os.path.getmtime)
     if not builds:
         pytest.skip("needs the build tree of an editable installation: make setup")

@@ -41,4 +41,4 @@ def test_binary_loads_and_passes(other_torch):
     assert result.returncode == 0, result.stderr
     version, state = result.stdout.split(maxsplit=1)
     assert version.startswith(OTHER) and state.strip() == "loaded"
-    run_kernel_tests([ROOT / "tests" / "ops"], **options)
+    run_kernel_tests(**options)
