@@ -26,7 +26,7 @@ demo: $(BUILT)
 	$(RUN) -m fastcv.demo
 
 test: $(BUILT)
-	$(RUN) -m pytest -m "not slow" --cov=fastcv --cov-report=term-missing:skip-covered
+	$(RUN) -m pytest -m "not slow" --cov=fastcv --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 test-slow: $(BUILT)
 	$(RUN) -m pytest

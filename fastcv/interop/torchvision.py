@@ -83,8 +83,10 @@ def _register(library: torch.library.Library) -> list[str]:
     registered = []
     for device in ("CPU", "CUDA"):
         for name, has_gradient in OPERATORS.items():
-            known = name in defined and has_kernel(f"torchvision::{name}", device)
-            if not known or implementation(name, device.lower()) != "compiled":
+            theirs = f"torchvision::{name}"
+            if name not in defined or not torch._C._dispatch_has_kernel(theirs):
+                continue
+            if not has_kernel(theirs, device) or implementation(name, device.lower()) != "compiled":
                 continue
             kernel = _redirect(name)
             keys = [device]
