@@ -431,7 +431,7 @@ def test_detector_gives_the_same():
     torch.manual_seed(0)
     detection = torchvision.models.detection
     backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
-    model = detection.FasterRCNN(backbone, num_classes=3, min_size=160, max_size=260, box_score_thresh=0.0)
+    model = detection.FasterRCNN(backbone, num_classes=3, min_size=96, max_size=160, box_score_thresh=0.0)
     image = torch.rand(3, 200, 260)
     boxes = torch.tensor([[10.0, 10, 90, 90], [30, 40, 220, 150]])
     target = {"boxes": boxes, "labels": torch.tensor([1, 2])}

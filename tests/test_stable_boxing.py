@@ -21,6 +21,16 @@ BINS = (0.5, 2, 3)  # spatial_scale, pooled_height, pooled_width
 SHAPE = (5, 24, 11, 13)
 GRAD = torch.randn(3, 24, 2, 3)
 
+LEVELS = [FEATURE, torch.randn(5, 24, 6, 7)]
+DEFORMED = (
+    torch.randn(1, 56, 9, 11),  # input
+    torch.randn(14, 8, 2, 2),  # weight
+    torch.randn(1, 64, 10, 7),  # offset
+    torch.randn(1, 32, 10, 7),  # mask
+    torch.randn(14),  # bias
+)
+CONVOLUTION = (1, 2, 3, 4, 5, 6, 7, 8)  # strides, paddings, dilations, groups, offset_groups
+
 CALLS = {
     "null": [(FEATURE,)],
     "nms": [(BOXES, SCORES, 0.4, False), (BOXES, SCORES, 0.4, True)],
@@ -30,6 +40,22 @@ CALLS = {
         (BOXES[None], SCORES[None], None, 0.5, 2, 0.25, True),
         (BOXES[None], torch.stack([SCORES, SCORES.flip(0)])[None], None, 0.3, 7, 0.4, False),
     ],
+    "soft_nms": [
+        (BOXES, SCORES, CLASSES, 0.3, 0.6, 0.001, "linear"),
+        (BOXES, SCORES, None, 0.3, 0.6, 0.4, "gaussian"),
+    ],
+    "matrix_nms": [
+        (BOXES[None], SCORES[None], CLASSES[None], 1.5, False),
+        (BOXES[None], SCORES[None], None, 2.5, True),
+    ],
+    "weighted_boxes_fusion": [
+        (BOXES, SCORES, CLASSES, [3, 1], [0.5, 2.0], 0.4, 0.36, "avg", False),
+        (BOXES, SCORES, CLASSES, [2, 2], [3.0, 2.0], 0.3, 0.1, "max", True),
+    ],
+    "multiscale_roi_align": [(LEVELS, ROIS, [0.5, 0.25], 2, 3, 4, True, 9, 1)],
+    "multiscale_roi_align_backward": [(GRAD, ROIS, [0.5, 0.25], 2, 3, 5, 24, [11, 6], [13, 7], 4, True, 9, 1)],
+    "deform_conv2d": [(*DEFORMED, *CONVOLUTION, True), (*DEFORMED, *CONVOLUTION, False)],
+    "deform_conv2d_backward": [(torch.randn(1, 14, 10, 7), *DEFORMED, *CONVOLUTION, True, 31)],
     "roi_align": [(FEATURE, ROIS, *BINS, 4, True), (FEATURE, ROIS, *BINS, -1, False)],
     "roi_align_backward": [
         (GRAD, ROIS, *BINS, *SHAPE, 4, True),
