@@ -1,7 +1,7 @@
 """Each instruction set that this machine has below the live one passes the kernel tests."""
 
 import pytest
-from conftest import run_kernel_tests, run_python
+from conftest import ROOT, kernel_test_files, run_kernel_tests, run_python
 
 import fastcv
 
@@ -11,7 +11,8 @@ LOWER = INFO["available_isas"][: INFO["available_isas"].index(INFO["cpu_isa"])]
 
 @pytest.mark.parametrize("isa", LOWER)
 def test_operators(isa):
-    run_kernel_tests(environment={"FASTCV_CPU_ISA": isa})
+    files = [ROOT / "tests/test_stable_boxing.py", *kernel_test_files()]
+    run_kernel_tests(files, environment={"FASTCV_CPU_ISA": isa})
 
 
 @pytest.mark.parametrize("isa", [*INFO["available_isas"], "avx9000", ""])
