@@ -97,8 +97,15 @@ Tap<W>* append_taps(const RoiAxis<Coordinate>& axis, int64_t bins, int64_t size,
         at = Coordinate(low);
       }
       const Coordinate fraction = at - Coordinate(low);
-      add(low, (1 - fraction) * inverse);
-      add(high, fraction * inverse);
+      // The further one in the direction of travel comes last, so that the next sample finds what it shares with this one
+      // among the last two taps: no index appears twice in a bin, which taps_per_bin() counts on.
+      if (axis.bin >= 0) {
+        add(low, (1 - fraction) * inverse);
+        add(high, fraction * inverse);
+      } else {
+        add(high, fraction * inverse);
+        add(low, (1 - fraction) * inverse);
+      }
     }
   }
   begin[bins] = int32_t(taps - base);

@@ -85,7 +85,7 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
 Tensor run_forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g) {
   Tensor output = empty_cpu({boxes.size(0), inputs[0].size(1), g.pooled_height, g.pooled_width},
                             inputs[0].scalar_type(), memory_format(inputs[0]));
-  if (output.numel() == 0) return output;
+  if (boxes.size(0) == 0) return output;
   dispatch_floating(inputs[0].scalar_type(), "input",
                     [&](auto zero) { forward<decltype(zero)>(inputs, boxes, g, output); });
   return output;
@@ -127,9 +127,8 @@ Levels run_backward(const Tensor& grad_any, const Tensor& boxes, const RoiGeomet
   Levels grad_inputs;
   for (const RoiLevel& level : g.levels)
     grad_inputs.push_back(empty_cpu({g.images, channels, level.height, level.width}, grad.scalar_type(), format));
-  if (g.images * channels > 0)
-    dispatch_floating(grad.scalar_type(), "grad",
-                      [&](auto zero) { backward<decltype(zero)>(grad, boxes, g, grad_inputs); });
+  dispatch_floating(grad.scalar_type(), "grad",
+                    [&](auto zero) { backward<decltype(zero)>(grad, boxes, g, grad_inputs); });
   return grad_inputs;
 }
 

@@ -122,6 +122,7 @@ RoiPlan<W> plan_rois(const Tensor& boxes, const RoiGeometry& g) {
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, "boxes: expected shape [K, 5]");
   STD_TORCH_CHECK(g.pooled_height > 0 && g.pooled_width > 0, "output_size: expected at least 1 x 1, got ",
                   g.pooled_height, " x ", g.pooled_width);
+  STD_TORCH_CHECK(g.sampling_ratio <= 1 << 30, "sampling_ratio: expected at most 2^30, got ", g.sampling_ratio);
   if (std::is_same_v<W, double> || boxes.scalar_type() == ScalarType::Double) {
     const Tensor rois = as_contiguous(boxes, ScalarType::Double);
     return plan_rois_typed<W>(data<double>(rois), rois.size(0), g);

@@ -31,6 +31,7 @@ from .regularization import (
     stochastic_depth,
 )
 from .roi_align import RoIAlign, roi_align
+from .roi_pool import RoIPool, roi_pool
 
 __all__ = [
     "MLP",
@@ -44,6 +45,7 @@ __all__ = [
     "MultiScaleRoIAlign",
     "Permute",
     "RoIAlign",
+    "RoIPool",
     "SqueezeExcitation",
     "StochasticDepth",
     "batched_nms",
@@ -65,6 +67,7 @@ __all__ = [
     "nms_padded",
     "remove_small_boxes",
     "roi_align",
+    "roi_pool",
     "sigmoid_focal_loss",
     "stochastic_depth",
 ]

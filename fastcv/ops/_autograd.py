@@ -51,8 +51,11 @@ def register_autograd(
     # tensors inside lists.
     class Derivative(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(keyset, spec, *leaves):
-            result = redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
+        def forward(state, spec, *leaves):
+            keyset, reverse, forward = state
+            # autograd.Function turns both modes off: right for this level, wrong for the transforms around it.
+            with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):
+                result = redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
             return tuple(result) if returns_list else result
 
         @staticmethod
@@ -67,7 +70,7 @@ def register_autograd(
             return None, None, *_pytree._broadcast_to_and_flatten(gradients, ctx.spec)
 
         @staticmethod
-        def jvp(ctx, keyset, spec, *tangents):
+        def jvp(ctx, state, spec, *tangents):
             result = jvp(ctx, *_pytree.tree_unflatten(tangents, ctx.spec))
             return tuple(result) if returns_list else result
 
@@ -77,11 +80,12 @@ def register_autograd(
         # Grad mode off and no dual level: the usual case in inference, kept to two cheap tests.
         if (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or _has_tangent(args):
             leaves, spec = _pytree.tree_flatten((*args, *defaults[len(args) :]))
+            state = keyset, torch.is_grad_enabled(), forward_ad._is_fwd_grad_enabled()
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
-                    result = Derivative.apply(keyset, spec, *leaves)
+                    result = Derivative.apply(state, spec, *leaves)
             else:
-                result = Derivative.apply(keyset, spec, *leaves)
+                result = Derivative.apply(state, spec, *leaves)
             return list(result) if returns_list else result
         return redispatch(keyset, args)
 

@@ -56,9 +56,10 @@ def check_threshold(name: str, value: float) -> None:
 
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int = 1) -> tuple[int, int]:
     """``value`` or ``(value, value)`` as two ints of at least ``minimum``."""
-    both = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
-    if len(both) != 2 or any(not isinstance(v, (int, torch.SymInt)) or v < minimum for v in both):
+    both = (value, value) if isinstance(value, (int, torch.SymInt)) else value
+    ok = isinstance(both, (list, tuple)) and len(both) == 2
+    if not ok or any(not isinstance(v, (int, torch.SymInt)) or v < minimum for v in both):
         raise ValueError(
             f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}"
         )
-    return both
+    return tuple(both)

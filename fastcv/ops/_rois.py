@@ -27,10 +27,13 @@ def as_rois(boxes: Boxes, images: int) -> Tensor:
     for i, b in enumerate(boxes):
         check_floating(f"boxes[{i}]", b)
         check_shape(f"boxes[{i}]", b, ("L", 4))
+        check_same_device(f"boxes[{i}]", b, "boxes[0]", boxes[0])
     if not boxes:
         return torch.zeros(0, 5)
     rows = torch.cat(tuple(boxes))
-    images_of = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
+    # Half types cannot hold large batch indices.
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    images_of = [torch.full_like(b[:, :1], i, dtype=rows.dtype) for i, b in enumerate(boxes)]
     return torch.cat([torch.cat(images_of), rows], dim=1)
 
 
@@ -67,7 +70,9 @@ def fold_rois(rois: Tensor, dim: int | None, size: int, images: int) -> Tensor:
     rois = rois if rois.dtype == torch.float64 else rois.float()
     first = images * torch.arange(size, dtype=rois.dtype, device=rois.device)
     index = rois[..., :1]
-    shifted = torch.where((index >= 0) & (index < images), index + first[:, None, None], index - index.new_tensor(images * size))
+    # One that is no image's stays outside the folded range, and NaN stays NaN.
+    offset = torch.where(index < images, first[:, None, None], images * size)
+    shifted = torch.where(index < 0, index, index + offset)
     return torch.cat([shifted, rois[..., 1:]], dim=-1).flatten(0, 1)
 
 

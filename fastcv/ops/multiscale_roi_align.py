@@ -1,7 +1,7 @@
 """RoIAlign over a feature pyramid in one call: :func:`multiscale_roi_align` and the layer :class:`MultiScaleRoIAlign`.
 
-Each region is pooled from one level, chosen by its size inside the kernel (Lin et al., "Feature Pyramid Networks for Object
-Detection", CVPR 2017, equation 1): no loop over levels, no gathering and scattering of regions.
+Each region is pooled from one level, chosen by its size inside the kernel (Lin et al., "Feature Pyramid Networks for
+Object Detection", CVPR 2017, equation 1): no loop over levels, no gathering and scattering of regions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def multiscale_roi_align(
     """:func:`~fastcv.ops.roi_align` of each region from the level of a feature pyramid that suits its size.
 
     A region of area ``A`` asks for level ``k = floor(canonical_level + log2(sqrt(A) / canonical_scale))``; the map with
-    ``spatial_scale == 2 ** -k`` is level k. It is pooled from the finest map that is at least as coarse, or the coarsest.
+    ``spatial_scale == 2 ** -k`` is level k. It is pooled from the finest map that is at least as coarse, or else from
+    the coarsest.
 
     Args:
         inputs: maps ``[N, C, H_i, W_i]``, finest first, of one dtype, contiguous or channels-last.
@@ -105,8 +106,9 @@ class MultiScaleRoIAlign(nn.Module):
     Shapes: ``forward(x, boxes, image_shapes)`` takes a dictionary of ``[N, C, H_i, W_i]``, a list of one ``[L, 4]`` per
     image and the ``(height, width)`` of each image before padding, and returns ``[K, C, PH, PW]``.
 
-    Differs from torchvision where levels are left out (maps at 1/8 and 1/32, say): torchvision returns zeros for the
-    regions that ask for the missing level, here they are pooled from the next coarser map.
+    Differs from torchvision where levels are left out (maps at 1/8 and 1/32, say): torchvision counts the maps as
+    consecutive levels and returns zeros for regions past the last (here those that ask for 1/32). Here each is pooled
+    from the map of its level, or the next coarser one where its level is missing.
 
     Example:
         >>> import torch, fastcv
@@ -194,7 +196,7 @@ def _jvp_of_forward(ctx, tangents, *_):
 
 
 def _setup_backward(ctx, inputs, output):
-    grad, boxes, *ctx.constants = inputs
+    _, boxes, *ctx.constants = inputs
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
 

@@ -149,7 +149,7 @@ def _jvp_of_forward(ctx, tangent, *_):
 
 
 def _setup_backward(ctx, inputs, output):
-    grad, boxes, *ctx.constants = inputs
+    _, boxes, *ctx.constants = inputs
     ctx.save_for_backward(boxes)
     ctx.save_for_forward(boxes)
 

@@ -3,3 +3,4 @@
 from . import nms as nms
 from . import null as null
 from . import roi_align as roi_align
+from . import roi_pool as roi_pool

@@ -1,7 +1,8 @@
 """RoIAlign in plain PyTorch: the specification of ``csrc/roi_align``.
 
-The mean over a bin's grid of bilinear samples is separable, so a region is two small matrices: ``out = Wy @ map @ Wx^T``.
-Everything is differentiable with respect to the maps.
+The mean over a bin's grid of bilinear samples is separable, so a region is two small matrices,
+``out = Wy @ map @ Wx^T``.
+The gradient is written out, for the operators run below autograd.
 """
 
 from __future__ import annotations
@@ -64,22 +65,19 @@ def check_batch_index(boxes: Tensor, images: int) -> None:
         )
 
 
-def _pool(inputs, boxes, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned):
-    rois = _coordinates(boxes, inputs[0])
-    check_batch_index(rois, inputs[0].shape[0])
-    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+def _regions(sizes, boxes, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned, dtype):
+    """For each region: level, image, and its vertical and horizontal weights; ``sizes`` are those of the maps."""
     offset = 0.5 if aligned else 0.0
-    outputs = []
-    for roi, level in zip(rois, levels, strict=True):
-        features = inputs[level][int(roi[0])].to(dtype)
+    for roi, level in zip(boxes, levels, strict=True):
         x1, y1, x2, y2 = roi[1:] * spatial_scales[level] - offset
-        height, width = features.shape[1:]
+        height, width = sizes[level]
         rows = _axis_weights(y1, y2, height, pooled_height, sampling_ratio, not aligned)
         columns = _axis_weights(x1, x2, width, pooled_width, sampling_ratio, not aligned)
-        outputs.append(rows.to(dtype) @ features @ columns.to(dtype).T)
-    if outputs:
-        return torch.stack(outputs)
-    return inputs[0].new_zeros(0, inputs[0].shape[1], pooled_height, pooled_width)
+        yield level, int(roi[0]), rows.to(dtype), columns.to(dtype)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_format_of(result: Tensor, like: Tensor) -> Tensor:
@@ -113,6 +111,12 @@ def roi_levels(
     return sum(((wanted > level).long() for level in available), torch.zeros_like(wanted, dtype=torch.int64))
 
 
+def _levels(rois: Tensor, spatial_scales: list[float], canonical_scale: int, canonical_level: int) -> list[int]:
+    if len(spatial_scales) == 1:
+        return [0] * rois.shape[0]
+    return roi_levels(rois, spatial_scales, canonical_scale, canonical_level).tolist()
+
+
 def multiscale_roi_align(
     inputs: list[Tensor],
     boxes: Tensor,
@@ -124,14 +128,18 @@ def multiscale_roi_align(
     canonical_scale: int,
     canonical_level: int,
 ) -> Tensor:
-    levels = [0] * boxes.shape[0]
-    if len(inputs) > 1:
-        rois = _coordinates(boxes, inputs[0])
-        levels = roi_levels(rois, spatial_scales, canonical_scale, canonical_level).tolist()
-    pooled = _pool(
-        inputs, boxes, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned
-    )
-    return as_format_of(pooled, inputs[0])
+    rois = _coordinates(boxes, inputs[0])
+    check_batch_index(rois, inputs[0].shape[0])
+    levels = _levels(rois, spatial_scales, canonical_scale, canonical_level)
+    dtype = _accumulate_dtype(inputs[0].dtype)
+    sizes = [m.shape[2:] for m in inputs]
+    outputs = [inputs[0].new_zeros(0, inputs[0].shape[1], pooled_height, pooled_width, dtype=dtype)]
+    with torch.autocast(boxes.device.type, enabled=False):
+        for level, image, rows, columns in _regions(
+            sizes, rois, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned, dtype
+        ):
+            outputs.append((rows @ inputs[level][image].to(dtype) @ columns.T)[None])
+    return as_format_of(torch.cat(outputs), inputs[0])
 
 
 def roi_align_backward(
@@ -168,19 +176,17 @@ def multiscale_roi_align_backward(
     canonical_scale: int,
     canonical_level: int,
 ) -> list[Tensor]:
-    """The forward is linear in the maps, so its gradient is taken at zero."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    with torch.enable_grad():
-        maps = [
-            torch.zeros(batch_size, channels, h, w, dtype=dtype, device=grad.device).requires_grad_()
-            for h, w in zip(heights, widths, strict=True)
-        ]
-        pooled = multiscale_roi_align(
-            maps, boxes, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned,
-            canonical_scale, canonical_level,
-        )  # fmt: skip
-        if boxes.shape[0] == 0:
-            gradients = [m.detach() for m in maps]
-        else:
-            gradients = torch.autograd.grad(pooled, maps, grad.to(dtype), materialize_grads=True)
+    """The forward's matrices transposed, region by region."""
+    rois = _coordinates(boxes, grad)
+    check_batch_index(rois, batch_size)
+    levels = _levels(rois, spatial_scales, canonical_scale, canonical_level)
+    dtype = _accumulate_dtype(grad.dtype)
+    sizes = list(zip(heights, widths, strict=True))
+    gradients = [grad.new_zeros(batch_size, channels, h, w, dtype=dtype) for h, w in sizes]
+    with torch.autocast(boxes.device.type, enabled=False):
+        regions = _regions(
+            sizes, rois, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned, dtype
+        )
+        for g, (level, image, rows, columns) in zip(grad, regions, strict=True):
+            gradients[level][image] += rows.T @ g.to(dtype) @ columns
     return [as_format_of(g, grad) for g in gradients]

@@ -1,0 +1,72 @@
+// RoI pooling (Girshick, "Fast R-CNN", ICCV 2015, section 2.1): the maximum over each bin of a region.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/cpu_isa.h"
+#include "../common/feature_map.h"
+#include "../common/types.h"
+
+namespace fastcv {
+
+// Pixels [begin, end) of one bin along one axis.
+struct PixelRange {
+  int32_t begin, end;
+};
+
+// The bins of one axis: corners are scaled and rounded to pixels, the region includes both, and bins overlap by the pixel
+// that they share. A non-finite region has no pixels.
+template <class Coordinate>
+void pool_ranges(Coordinate low, Coordinate high, Coordinate scale, int64_t bins, int64_t size, PixelRange* ranges) {
+  const Coordinate first = std::round(low * scale), last = std::round(high * scale);
+  const bool finite = std::abs(first) <= Coordinate(1e9) && std::abs(last) <= Coordinate(1e9);
+  const Coordinate extent = last - first + 1 > 1 ? last - first + 1 : 1;
+  const Coordinate bin = extent / Coordinate(bins);
+  const auto clip = [&](Coordinate x) { return x > 0 ? (x < Coordinate(size) ? int32_t(x) : int32_t(size)) : 0; };
+  for (int64_t p = 0; p < bins; ++p)
+    ranges[p] = finite ? PixelRange{clip(std::floor(Coordinate(p) * bin) + first),
+                                    clip(std::ceil(Coordinate(p + 1) * bin) + first)}
+                       : PixelRange{0, 0};
+}
+
+struct PoolRegion {
+  const PixelRange* rows;     // [PH]
+  const PixelRange* columns;  // [PW]
+  int64_t row;                // of the region in the list of regions
+  int32_t image;
+};
+
+template <class T>
+struct RoiPoolForward {
+  FeatureMap<const T> map;
+  const PoolRegion* regions;
+  int64_t pooled_height, pooled_width;
+  T* output;        // [K, C, PH, PW]
+  int32_t* argmax;  // the same: y * W + x, -1 where a bin has no pixel
+  int64_t stride_roi, stride_c, stride_bin;
+};
+template <class T>
+struct RoiPoolBackward {
+  FeatureMap<T> map;  // the gradient to be written
+  const PoolRegion* regions;
+  int64_t bins;
+  const T* grad;  // [K, C, PH, PW]
+  int64_t grad_stride_roi, grad_stride_c, grad_stride_bin;
+  const int32_t* argmax;
+  int64_t argmax_stride_roi, argmax_stride_c, argmax_stride_bin;
+};
+
+}  // namespace fastcv
+
+FASTCV_EACH_ISA(
+    // Regions begin <= i < end on a channels-last map.
+    template <class T> void roi_pool_channels_last(const RoiPoolForward<T>& task, int64_t begin, int64_t end);
+    // Regions begin <= i < end, all of one image, one block of channels of which the rows [first_row, end_row) are packed;
+    // scratch: (rows * width + 2 * bins) * block channels.
+    template <class T> void roi_pool_packed(const RoiPoolForward<T>& task, int64_t begin, int64_t end, int64_t channel,
+                                            int64_t first_row, int64_t end_row, accumulate_t<T>* scratch);
+    // Writes the gradient of one block of channels of one image. False where argmax holds a position outside the map.
+    template <class T> bool roi_pool_backward_block(const RoiPoolBackward<T>& task, int64_t image, int64_t begin,
+                                                    int64_t end, int64_t channel, accumulate_t<T>* scratch);
+    template <class T> int roi_pool_block_channels();)
