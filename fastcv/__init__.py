@@ -2,7 +2,8 @@
 
 from . import ops
 from ._library import build_info
+from .interop import patch, patched, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "ops"]
+__all__ = ["build_info", "ops", "patch", "patched", "unpatch"]

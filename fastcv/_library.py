@@ -19,6 +19,9 @@ LIBRARY = torch.library.Library("fastcv", "DEF")
 OPERATORS: dict[str, Callable | None] = {}
 """Name of each operator -> its reference implementation (None where there is none)."""
 
+PATCHED: dict[str, dict[str, list[str]]] = {}
+"""Package -> what of it is re-pointed; kept by ``fastcv.interop``."""
+
 _load_errors: dict[str, str] = {}
 
 
@@ -37,7 +40,7 @@ def _load(stem: str) -> bool:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        _load_errors[stem] = str(error).splitlines()[0]
+        _load_errors[stem] = str(error.__cause__ or error).splitlines()[0]
         return False
     return True
 
@@ -111,8 +114,9 @@ def build_info() -> dict:
 
     Returns:
         dict with ``torch`` (version), ``libraries`` (name -> ``"loaded"`` or the reason why not), ``cpu_isa`` (the
-        instruction set in use, None without the compiled part), ``available_isas``, ``compiler``, ``threads`` and
-        ``operators`` (name -> {"cpu": ..., "cuda": ...}, each ``"compiled"``, ``"reference"`` or ``"none"``).
+        instruction set in use, None without the compiled part), ``available_isas``, ``compiler``, ``threads``,
+        ``operators`` (name -> {"cpu": ..., "cuda": ...}, each ``"compiled"``, ``"reference"`` or ``"none"``) and
+        ``patched`` (package -> what of it :func:`fastcv.patch` has re-pointed).
 
     Example:
         >>> import fastcv
@@ -134,4 +138,5 @@ def build_info() -> dict:
             name: {device: implementation(name, device) for device in ("cpu", "cuda")}
             for name in sorted(OPERATORS)
         },
+        "patched": {package: dict(report) for package, report in PATCHED.items()},
     }

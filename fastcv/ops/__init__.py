@@ -22,6 +22,7 @@ from .focal_loss import sigmoid_focal_loss
 from .matrix_nms import matrix_nms
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
+from .null import null as null  # a template, not one of torchvision's names: not in __all__
 from .regularization import (
     DropBlock2d,
     DropBlock3d,

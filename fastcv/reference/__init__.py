@@ -2,6 +2,7 @@
 
 from . import matrix_nms as matrix_nms
 from . import nms as nms
+from . import null as null
 from . import roi_align as roi_align
 from . import roi_pool as roi_pool
 from . import soft_nms as soft_nms

@@ -55,9 +55,7 @@ def test_frozen_batch_norm_by_hand():
 def test_squeeze_excitation_by_hand():
     block = SqueezeExcitation(2, 1, scale_activation=nn.Identity)
     with torch.no_grad():
-        for value, parameter in zip(
-            [[1, 2], [-4], [1, 3], [0, 1]], block.parameters(), strict=True
-        ):
+        for value, parameter in zip([[1, 2], [-4], [1, 3], [0, 1]], block.parameters(), strict=True):
             parameter.copy_(torch.tensor(value).view(parameter.shape))
     x = torch.tensor([[1.0, 3.0], [0.0, 4.0]]).view(1, 2, 1, 2)
     # Means 2 and 2; relu(1 * 2 + 2 * 2 - 4) = 2; gates 1 * 2 + 0 and 3 * 2 + 1.
@@ -103,9 +101,7 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation():
         torch.testing.assert_close(norm.train(mode)(x), reference(x))
     assert not list(norm.parameters())
     assert norm(x[:0]).shape == (0, 5, 3, 4)
-    assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(
-        memory_format=torch.channels_last
-    )
+    assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -165,9 +165,7 @@ def test_degenerate_boxes_have_finite_derivatives():
         function(boxes, boxes.detach()).sum().backward()
         assert boxes.grad.isfinite().all(), function
         boxes = boxes.detach()
-        _, tangent = torch.func.jvp(
-            lambda x, f=function, y=boxes: f(x, y), (boxes,), (torch.ones_like(boxes),)
-        )
+        _, tangent = torch.func.jvp(lambda x, f=function, y=boxes: f(x, y), (boxes,), (torch.ones_like(boxes),))
         assert tangent.isfinite().all(), function
 
 
@@ -219,9 +217,7 @@ def test_inverted_boxes_like_torchvision(name):
     function, theirs = globals()[name], getattr(tv, name)
     generator = torch.Generator().manual_seed(11)
     for _ in range(50):
-        boxes1, boxes2 = (
-            torch.randint(-4, 5, (6, 4), generator=generator).double() for _ in range(2)
-        )
+        boxes1, boxes2 = (torch.randint(-4, 5, (6, 4), generator=generator).double() for _ in range(2))
         result, expected = function(boxes1, boxes2), theirs(boxes1, boxes2)
         known = expected.isfinite()
         torch.testing.assert_close(result[known], expected[known], atol=1e-9, rtol=1e-9)

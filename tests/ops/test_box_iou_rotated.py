@@ -119,9 +119,7 @@ def test_invariants(dtype):
     turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     moved[:, :2] = moved[:, :2] @ turn.double() + torch.tensor([1e4, -3e3])  # counter-clockwise
     moved[:, 4] += 77.0
-    torch.testing.assert_close(
-        box_iou(moved, moved, "cxcywhr").to(result.dtype), result, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(box_iou(moved, moved, "cxcywhr").to(result.dtype), result, atol=1e-5, rtol=0)
     turned = boxes.double()
     turned[:, 2:4] = turned[:, 2:4].flip(-1)
     turned[:, 4] += 90  # the same set of points
@@ -133,9 +131,7 @@ def test_invariants(dtype):
 def test_rounding_does_not_exceed_one():
     # Unclamped, the intersection of these equal boxes is an ulp larger than either.
     box = [52.97649325820711, 57.64078534717853, 2.4076889734160134, 12.656865130190289]
-    boxes = torch.tensor(
-        [[*box, angle] for angle in (508.8338521205277, 688.8338521205277)], dtype=torch.float64
-    )
+    boxes = torch.tensor([[*box, angle] for angle in (508.8338521205277, 688.8338521205277)], dtype=torch.float64)
     assert box_iou(boxes, boxes, "cxcywhr").max() <= 1
 
 
@@ -226,9 +222,7 @@ def test_chunks(monkeypatch):
     expected = box_iou(boxes1, boxes2, "cxcywhr")
     counts = []
     rows = rotated_reference._iou_of_rows
-    monkeypatch.setattr(
-        rotated_reference, "_iou_of_rows", lambda a, b: counts.append(len(a)) or rows(a, b)
-    )
+    monkeypatch.setattr(rotated_reference, "_iou_of_rows", lambda a, b: counts.append(len(a)) or rows(a, b))
     for pairs, chunks in ((1, [1] * 23), (22, [2] * 11 + [1]), (10**9, [23])):
         counts.clear()
         monkeypatch.setattr(rotated_reference, "_PAIRS_CPU", pairs)

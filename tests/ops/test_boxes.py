@@ -106,9 +106,7 @@ def test_area_does_not_overflow():
 @pytest.mark.parametrize("formats", [AXIS_ALIGNED, ROTATED])
 def test_convert_round_trip(formats):
     generator = torch.Generator().manual_seed(0)
-    start = random_boxes(
-        generator, 50, 3, dtype=torch.float64, columns=5 if "xywhr" in formats else 4
-    )
+    start = random_boxes(generator, 50, 3, dtype=torch.float64, columns=5 if "xywhr" in formats else 4)
     if "xywhr" in formats:
         start[..., 2:4] = start[..., 2:4].abs() + 1
         start[..., 4] *= 8  # degrees in [-160, 168]
@@ -176,9 +174,7 @@ def test_compiles_and_exports():
     expected = Model()(boxes, masks)
     compiled = torch.compile(Model(), backend="eager", fullgraph=True)
     rows = torch.export.Dim("rows")
-    exported = torch.export.export(
-        Model(), (boxes[:2], masks[:2]), dynamic_shapes=({0: rows}, {0: rows})
-    )
+    exported = torch.export.export(Model(), (boxes[:2], masks[:2]), dynamic_shapes=({0: rows}, {0: rows}))
     for model in (compiled, exported.module()):
         torch.testing.assert_close(model(boxes, masks), expected, atol=0, rtol=0)
 

@@ -59,9 +59,7 @@ def test_confident_examples_keep_loss_and_derivative(gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.3])
 def test_derivatives(gamma):
-    logits, targets = random_case(
-        torch.Generator().manual_seed(2), (3, 4), torch.float64, soft=True
-    )
+    logits, targets = random_case(torch.Generator().manual_seed(2), (3, 4), torch.float64, soft=True)
     inputs = (logits.requires_grad_(), targets.requires_grad_())
     assert torch.autograd.gradcheck(lambda x, t: sigmoid_focal_loss(x, t, 0.3, gamma), inputs)
 
@@ -137,9 +135,7 @@ def test_like_torchvision(dtype):
         for alpha, gamma in ((0.25, 2), (-1, 2.0), (0, 0.5), (1, 0), (0.6, 5)):
             for reduction in ("none", "sum") if 0 in shape else ("none", "sum", "mean"):
                 arguments = (logits, targets, alpha, gamma, reduction)
-                result, expected = (
-                    f(*arguments) for f in (sigmoid_focal_loss, tv.sigmoid_focal_loss)
-                )
+                result, expected = (f(*arguments) for f in (sigmoid_focal_loss, tv.sigmoid_focal_loss))
                 assert result.dtype is expected.dtype
                 torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
 

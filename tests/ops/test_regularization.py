@@ -51,9 +51,7 @@ def test_one_block_by_hand(monkeypatch):
 def test_seed_probability_by_hand(monkeypatch):
     # Equation 1: p / block_size^2 * (feature area / area where blocks may start).
     seen = []
-    monkeypatch.setattr(
-        torch.Tensor, "bernoulli_", lambda noise, p: seen.append(p) or noise.zero_()
-    )
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda noise, p: seen.append(p) or noise.zero_())
     drop_block2d(torch.ones(1, 1, 6, 8), 0.2, 3)
     drop_block3d(torch.ones(1, 1, 4, 6, 8), 0.2, 3)
     assert seen == pytest.approx([0.2 / 9 * 48 / (4 * 6), 0.2 / 27 * 192 / (2 * 4 * 6)])
@@ -200,11 +198,7 @@ def test_layers_like_torchvision():
     ):
         mine, theirs = (cls(*arguments) for cls in (globals()[name], getattr(tv, name)))
         assert repr(mine) == repr(theirs) and mine.state_dict() == theirs.state_dict()
-        x = (
-            torch.ones(2, 3, 7, 7, 7)[:, :, 0]
-            if name == "DropBlock2d"
-            else torch.ones(2, 3, 7, 7, 7)
-        )
+        x = torch.ones(2, 3, 7, 7, 7)[:, :, 0] if name == "DropBlock2d" else torch.ones(2, 3, 7, 7, 7)
         results = []
         for layer in (mine, theirs):
             torch.manual_seed(8)

@@ -1,0 +1,1 @@
+"""Measured comparisons: ``pytest benchmarks --benchmark-only`` or ``python -m benchmarks``."""

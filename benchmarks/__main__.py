@@ -1,0 +1,67 @@
+"""``python -m benchmarks``: run all cases, print each, and keep table, chart and measurements."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, report
+
+HERE = Path(__file__).resolve().parent
+
+
+def find_cases(only: str) -> list[harness.Case]:
+    """The cases of all ``bench_*.py`` whose operator's name contains ``only``."""
+    modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in sorted(HERE.glob("bench_*.py"))]
+    return [case for module in modules for case in module.CASES if only in case.operator]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", default="", help="operators whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="few rounds and no long cases")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for cpu.json, cpu.md and cpu.png; default: benchmarks/results, and nothing "
+        "for a partial run (--only, --quick)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cases = find_cases(options.only)
+    if not cases:
+        print(f"no operator's name contains {options.only!r}", file=sys.stderr)
+        return 1
+    environment = harness.environment()
+    print(report.title(environment), flush=True)
+    results = []
+    for result in harness.run(cases, quick=options.quick):
+        results.append(result)
+        times = [f"{n} {report.format_seconds(t.median)}" for n, t in result.times.items()]
+        ratio = report.format_ratio(result.ratio)
+        print(f"{ratio:>6}  {result.operator}: {result.shape}  ({', '.join(times)})", flush=True)
+    folder = options.output
+    if folder is None and not (options.only or options.quick):
+        folder = HERE / "results"
+    if folder is not None:
+        report.save_json(folder / "cpu.json", results, environment)
+        report.save_table(folder / "cpu.md", results, environment)
+        report.save_chart(folder / "cpu.png", results, environment)
+        print(f"written: {folder}/cpu.json, cpu.md, cpu.png")
+    slower = [result for result in results if result.ratio < 1]
+    print(f"{len(results)} cases, fastcv is slower in {len(slower)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

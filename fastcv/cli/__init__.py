@@ -1,0 +1,1 @@
+"""The commands, one file each: ``add_parser(commands)`` describes, ``main(arguments)`` does."""

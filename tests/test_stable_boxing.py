@@ -1,0 +1,84 @@
+"""Arguments reach the kernels in the schema's order.
+
+The boxing macro of libtorch's stable ABI checks how many arguments a kernel takes, not their types
+or order. So each operator is called with arguments that are all distinct (no two alike that could
+change places unseen) and compared with its reference.
+"""
+
+import pytest
+import torch
+
+import fastcv
+from fastcv import _library
+
+torch.manual_seed(0)
+BOXES = torch.tensor([[0.0, 1, 10, 12], [1, 1, 11, 12], [2, 9, 12, 21], [30, 31, 40, 43]])
+SCORES = torch.tensor([0.9, 0.8, 0.7, 0.35])
+CLASSES = torch.tensor([0, 0, 1, 0])
+FEATURE = torch.randn(5, 24, 11, 13)
+ROIS = torch.tensor([[0, 1.0, 2, 15, 19], [1, 3, 0, 21, 17], [1, 5, 6, 9, 12]])
+BINS = (0.5, 2, 3)  # spatial_scale, pooled_height, pooled_width
+SHAPE = (5, 24, 11, 13)
+GRAD = torch.randn(3, 24, 2, 3)
+
+LEVELS = [FEATURE, torch.randn(5, 24, 6, 7)]
+DEFORMED = (
+    torch.randn(1, 56, 9, 11),  # input
+    torch.randn(14, 8, 2, 2),  # weight
+    torch.randn(1, 64, 10, 7),  # offset
+    torch.randn(1, 32, 10, 7),  # mask
+    torch.randn(14),  # bias
+)
+CONVOLUTION = (1, 2, 3, 4, 5, 6, 7, 8)  # strides, paddings, dilations, groups, offset_groups
+
+CALLS = {
+    "null": [(FEATURE,)],
+    "nms": [(BOXES, SCORES, 0.4, False), (BOXES, SCORES, 0.4, True)],
+    "batched_nms": [(BOXES, SCORES, CLASSES, 0.4, False), (BOXES, SCORES, CLASSES, 0.05, True)],
+    "nms_padded": [
+        (BOXES[None], SCORES[None], CLASSES[None], 0.4, 5, 0.375, False),
+        (BOXES[None], SCORES[None], None, 0.5, 2, 0.25, True),
+        (BOXES[None], torch.stack([SCORES, SCORES.flip(0)])[None], None, 0.3, 7, 0.4, False),
+    ],
+    "soft_nms": [
+        (BOXES, SCORES, CLASSES, 0.3, 0.6, 0.001, "linear"),
+        (BOXES, SCORES, None, 0.3, 0.6, 0.4, "gaussian"),
+    ],
+    "matrix_nms": [
+        (BOXES[None], SCORES[None], CLASSES[None], 1.5, False),
+        (BOXES[None], SCORES[None], None, 2.5, True),
+    ],
+    "weighted_boxes_fusion": [
+        (BOXES, SCORES, CLASSES, [3, 1], [0.5, 2.0], 0.4, 0.36, "avg", False),
+        (BOXES, SCORES, CLASSES, [2, 2], [3.0, 2.0], 0.3, 0.1, "max", True),
+    ],
+    "multiscale_roi_align": [(LEVELS, ROIS, [0.5, 0.25], 2, 3, 4, True, 9, 1)],
+    "multiscale_roi_align_backward": [(GRAD, ROIS, [0.5, 0.25], 2, 3, 5, 24, [11, 6], [13, 7], 4, True, 9, 1)],
+    "deform_conv2d": [(*DEFORMED, *CONVOLUTION, True), (*DEFORMED, *CONVOLUTION, False)],
+    "deform_conv2d_backward": [(torch.randn(1, 14, 10, 7), *DEFORMED, *CONVOLUTION, True, 31)],
+    "roi_align": [(FEATURE, ROIS, *BINS, 4, True), (FEATURE, ROIS, *BINS, -1, False)],
+    "roi_align_backward": [
+        (GRAD, ROIS, *BINS, *SHAPE, 4, True),
+        (GRAD, ROIS, *BINS, *SHAPE, 0, False),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", sorted(_library.OPERATORS))
+def test_operator(name):
+    assert name in CALLS, f"add calls of {name} with distinct arguments to CALLS"
+    if fastcv.build_info()["operators"][name]["cpu"] != "compiled":
+        pytest.skip(f"{name} has no compiled kernel")
+    for arguments in CALLS[name]:
+        expected = _library.OPERATORS[name](*arguments)
+        actual = getattr(torch.ops.fastcv, name)(*arguments)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_arguments_are_distinct(name):
+    """Two equal numbers of one type could hide a swap."""
+    for arguments in CALLS[name]:
+        for kind in (float, int):
+            values = [value for value in arguments if type(value) is kind]
+            assert len(values) == len(set(values)), (name, values)
