@@ -20,6 +20,7 @@ from .boxes import (
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
+from . import deform_conv2d
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .regularization import (
     DropBlock2d,
