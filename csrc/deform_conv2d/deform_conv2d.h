@@ -29,11 +29,14 @@ struct DeformConv2dShape {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t groups, offset_groups;
 
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t group_channels() const { return channels / groups; }
-  int64_t group_outputs() const { return out_channels / groups; }
-  int64_t offset_group_channels() const { return channels / offset_groups; }
-  int64_t pixels() const { return batch * out_height * out_width; }
+  // Inlined by force: a copy compiled for AVX-512 must not be what other files link to.
+#define FASTCV_MEMBER inline __attribute__((always_inline))
+  FASTCV_MEMBER int64_t taps() const { return kernel_h * kernel_w; }
+  FASTCV_MEMBER int64_t group_channels() const { return channels / groups; }
+  FASTCV_MEMBER int64_t group_outputs() const { return out_channels / groups; }
+  FASTCV_MEMBER int64_t offset_group_channels() const { return channels / offset_groups; }
+  FASTCV_MEMBER int64_t pixels() const { return batch * out_height * out_width; }
+#undef FASTCV_MEMBER
 };
 
 // The input is read in place in one of two ways: as planes (stride of w is 1, width at least 2) or channels-last (stride

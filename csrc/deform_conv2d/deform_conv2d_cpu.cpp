@@ -2,25 +2,12 @@
 #include "deform_conv2d.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 
 #include "../common/stable.h"
 
 namespace fastcv {
 namespace {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<void, Free>;
-
-Scratch allocate(size_t bytes) {
-  void* p = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
-  STD_TORCH_CHECK(p, "deform_conv2d: cannot allocate ", bytes, " bytes of scratch memory");
-  return Scratch(p);
-}
 
 FloatType float_type(const Tensor& tensor, const char* argument) {
   switch (tensor.scalar_type()) {
@@ -47,22 +34,6 @@ AnyTensor any_tensor(const Tensor& tensor, const char* argument) {
   AnyTensor any{tensor.const_data_ptr(), float_type(tensor, argument), {}};
   read_strides(tensor, any.stride);
   return any;
-}
-
-// torch's own rule (suggest_memory_format).
-bool lies_channels_last(const Tensor& tensor) {
-  if (tensor.stride(1) == 0) return false;
-  int64_t least = 0;
-  for (int d : {1, 3, 2, 0}) {
-    if (tensor.size(d) == 0 || tensor.stride(d) < least || (d == 0 && least == tensor.stride(1))) return false;
-    least = tensor.stride(d);
-    if (tensor.size(d) > 1) least *= tensor.size(d);
-  }
-  return true;
-}
-
-MemoryFormat memory_format_of(const Tensor& tensor) {
-  return lies_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
 struct Geometry {
@@ -145,7 +116,7 @@ Tensor forward(const DeformConv2dShape& s, const Tensor& input, const Tensor& we
                const Tensor* mask, const Tensor& bias) {
   using A = accumulate_t<T>;
   Tensor output = empty_cpu({s.batch, s.out_channels, s.out_height, s.out_width}, input.scalar_type(),
-                            memory_format_of(input));
+                            memory_format(input));
   if (output.numel() == 0) return output;
   const ReadableInput readable(input);
   const Tensor sums = as_contiguous(bias, sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
@@ -156,7 +127,7 @@ Tensor forward(const DeformConv2dShape& s, const Tensor& input, const Tensor& we
                               mask ? any_tensor(*mask, "mask") : AnyTensor{},
                               bias.size(0) ? data<A>(sums) : nullptr,
                               mutable_data<T>(output),
-                              lies_channels_last(input),
+                              is_channels_last(input),
                               4};
   // Tiles of four panels read the weights from far once for 128 pixels; fewer where threads would lack work.
   const int64_t panels = (s.pixels() + FASTCV_PICK(deform_conv2d_panel<T>)() - 1) / FASTCV_PICK(deform_conv2d_panel<T>)();
@@ -164,7 +135,7 @@ Tensor forward(const DeformConv2dShape& s, const Tensor& input, const Tensor& we
   while (conv.panels > 1 && panels < 4 * conv.panels * threads) --conv.panels;
   const size_t scratch_bytes = FASTCV_PICK(deform_conv2d_forward_scratch<T>)(conv);
   parallel_for((panels + conv.panels - 1) / conv.panels, 1, [&](int64_t first, int64_t last) {
-    const Scratch scratch = allocate(scratch_bytes);
+    const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
     FASTCV_PICK(deform_conv2d_forward<T>)(conv, first, last, scratch.get());
   });
   return output;
@@ -194,11 +165,9 @@ struct Gradient {
 
   Gradient(const Tensor& of, bool wanted, ScalarType accumulate, MemoryFormat format = MemoryFormat::Contiguous)
       : dtype(of.scalar_type()) {
-    std::vector<int64_t> size(of.sizes().begin(), of.sizes().end());
-    if (!wanted) size = {0};
-    sum = torch::stable::empty(size, accumulate, std::nullopt,
-                               torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt,
-                               wanted ? format : MemoryFormat::Contiguous);
+    sum = !wanted          ? empty_cpu({0}, accumulate)
+          : of.dim() == 4 ? empty_cpu({of.size(0), of.size(1), of.size(2), of.size(3)}, accumulate, format)
+                          : empty_cpu({of.numel()}, accumulate);
     torch::stable::zero_(sum);
   }
   template <class A>
@@ -220,12 +189,12 @@ void run_block(const DeformConv2dBackward<T>& conv, size_t scratch_bytes) {
   const int64_t panel = FASTCV_PICK(deform_conv2d_panel<T>)();
   const int64_t channels = conv.last_channel - conv.first_channel;
   parallel_for((conv.last_pixel - conv.first_pixel + panel - 1) / panel, 1, [&](int64_t first, int64_t last) {
-    const Scratch scratch = allocate(scratch_bytes);
+    const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
     FASTCV_PICK(deform_conv2d_backward_panels<T>)(conv, first, last, scratch.get());
   });
   if (conv.grad_input)
     parallel_for(channels, 16, [&](int64_t first, int64_t last) {
-      const Scratch scratch = allocate(scratch_bytes);
+      const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
       FASTCV_PICK(deform_conv2d_backward_input<T>)(conv, first, last, scratch.get());
     });
   if (conv.grad_weight)
@@ -243,14 +212,12 @@ void run_backward(DeformConv2dBackward<T>& conv) {
   const int64_t panel = FASTCV_PICK(deform_conv2d_panel<T>)();
   const int64_t block_pixels = std::min(pixels, (s.pixels() + panel - 1) / panel * panel);
   const DeformConv2dBackwardSizes sizes = FASTCV_PICK(deform_conv2d_backward_sizes<T>)(s);
-  const auto elements = [](int64_t n) { return allocate(size_t(n) * sizeof(A)); };
-  const Scratch grad_block = elements(sizes.grad_rows * block_pixels),
-                grad_columns = elements(sizes.column_rows * block_pixels),
-                columns = elements(sizes.column_rows * block_pixels), weights = elements(sizes.weights);
-  conv.grad_block = static_cast<A*>(grad_block.get());
-  conv.grad_columns = static_cast<A*>(grad_columns.get());
-  conv.columns = static_cast<A*>(columns.get());
-  conv.weights = static_cast<A*>(weights.get());
+  const Scratch<A> grad_block = allocate_scratch<A>(sizes.grad_rows * block_pixels),
+                   grad_columns = allocate_scratch<A>(sizes.column_rows * block_pixels),
+                   columns = allocate_scratch<A>(sizes.column_rows * block_pixels),
+                   weights = allocate_scratch<A>(sizes.weights);
+  conv.grad_block = grad_block.get(), conv.grad_columns = grad_columns.get();
+  conv.columns = columns.get(), conv.weights = weights.get();
   const size_t scratch_bytes = FASTCV_PICK(deform_conv2d_backward_scratch<T>)(s);
   for (int64_t c = 0; c < s.channels; c = conv.last_channel) {
     const int64_t group_end = (c / s.group_channels() + 1) * s.group_channels();
@@ -277,7 +244,7 @@ FiveTensors backward(const DeformConv2dShape& s, const Tensor& grad, const Tenso
   const Gradient grad_input(input, needs & kInput, accumulate,
                             readable.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   const Gradient grad_weight(weight, needs & kWeight, accumulate), grad_offset(offset, needs & kOffset, accumulate),
-      grad_mask(mask, needs & kMask, accumulate), grad_bias(bias, needs & kBias, accumulate);
+      grad_mask(mask, use_mask && (needs & kMask), accumulate), grad_bias(bias, needs & kBias, accumulate);
   if (grad.numel() > 0) {
     DeformConv2dBackward<T> conv{};
     conv.shape = s;
@@ -287,7 +254,7 @@ FiveTensors backward(const DeformConv2dShape& s, const Tensor& grad, const Tenso
     if (use_mask) conv.mask = any_tensor(mask, "mask");
     conv.grad_input = grad_input.pointer<A>(), conv.grad_weight = grad_weight.pointer<A>();
     conv.grad_offset = grad_offset.pointer<A>(), conv.grad_bias = grad_bias.pointer<A>();
-    conv.grad_mask = use_mask ? grad_mask.pointer<A>() : nullptr;
+    conv.grad_mask = grad_mask.pointer<A>();
     if (conv.grad_input) {
       read_strides(grad_input.sum, conv.grad_input_stride);
       if (readable.channels_last) conv.grad_input_stride[1] = 1;
@@ -298,7 +265,7 @@ FiveTensors backward(const DeformConv2dShape& s, const Tensor& grad, const Tenso
         FASTCV_PICK(deform_conv2d_backward_bias<T>)(conv, first, last);
       });
   }
-  return {grad_input.result(memory_format_of(input)), grad_weight.result(), grad_offset.result(), grad_mask.result(), grad_bias.result()};
+  return {grad_input.result(memory_format(input)), grad_weight.result(), grad_offset.result(), grad_mask.result(), grad_bias.result()};
 }
 
 FiveTensors deform_conv2d_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& weight,

@@ -96,7 +96,7 @@ struct alignas(64) VectorTotals {
 template <class A>
 FASTCV_INLINE void load_square(const A* rows, int64_t row_step, int n, Vec<A> (&square)[kLanes<A>]) {
   for (int c = 0; c < kLanes<A>; ++c) square[c] = c < n ? load(rows + c * row_step) : Vec<A>{};
-  transpose_square(square);
+  transpose(square);
 }
 
 template <bool kFull, class T, class A>
@@ -126,7 +126,7 @@ void differentiate_square(const T* channel, int n, const int64_t* stride, const 
     totals.mask[i] = fma(g, value, totals.mask[i]);
     square[j] = value * broadcast(at.mask[i]);
   }
-  transpose_square(square);
+  transpose(square);
   for (int c = 0; c < n; ++c) store(rows + c * row_step, square[c]);
 }
 

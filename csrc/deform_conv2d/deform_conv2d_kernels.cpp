@@ -210,7 +210,7 @@ class Tiles {
         const int rows = int(n - o < L ? n - o : L), columns = panel.pixels.count - half;
         Vec<A> square[L] = {};
         for (int r = 0; r < rows; ++r) square[r] = load(sums + (o + r) * kP + half);
-        transpose_square(square);
+        transpose(square);
         const Vec<A> bias = conv_.bias ? load_first(conv_.bias + first + o, rows) : Vec<A>{};
         for (int i = 0; i < L && i < columns; ++i) {
           T* to = conv_.output + (panel.first + half + i) * s_.out_channels + first + o;

@@ -171,7 +171,7 @@ FASTCV_INLINE void sample_square(const T* channel, int n, const int64_t* stride,
   Vec<A> square[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) square[i] = sample_channels<kFull>(channel, n, stride, taps, first + i);
-  transpose_square(square);
+  transpose(square);
   if constexpr (kFull) {
 #pragma GCC unroll 16
     for (int c = 0; c < L; ++c) store(rows + c * row_step, square[c]);

@@ -96,7 +96,7 @@ void load_rows(const AnyTensor& tensor, int64_t channel, int64_t n, const Addres
         for (int half = 0; half < kPanel<A>; half += L) {
           Vec<A> square[L];
           for (int i = 0; i < L; ++i) square[i] = load(data + addresses.at[half + i] + c);
-          transpose_square(square);
+          transpose(square);
           for (int i = 0; i < L; ++i) store(rows + (c + i) * kPanel<A> + half, square[i]);
         }
     }

@@ -1,11 +1,11 @@
-// Register-tiled products of small matrices whose columns lie in panels, and transposition in registers.
+// Register-tiled products of small matrices whose columns lie in panels.
 //
 // A panel is kPanel columns (output pixels) of a matrix, stored row by row: [rows][kPanel]. The tile holds kRows x kPanel
 // sums in registers: 16 vectors of 32 with AVX-512 and NEON, 12 of 16 with AVX2, 8 of 16 with SSE2, whose separate
 // multiplication needs a register more.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/channel_block.h"
 
 namespace fastcv::FASTCV_ISA {
 namespace {
@@ -25,41 +25,7 @@ constexpr int kDotRows = 2;
 #endif
 constexpr int kDotColumns = 4;
 
-// ---- shuffles --------------------------------------------------------------------------------------------------------
-
-template <int... J>
-struct Indices {};
-template <int N, int... J>
-struct MakeIndices : MakeIndices<N - 1, N - 1, J...> {};
-template <int... J>
-struct MakeIndices<0, J...> {
-  using type = Indices<J...>;
-};
-
-// Swaps the off-diagonal S x S blocks of the square of which a and b, S rows apart, are rows.
-template <int S, class V, int... J>
-FASTCV_INLINE void swap_blocks(V& a, V& b, Indices<J...>) {
-  constexpr int L = sizeof...(J);
-  const V upper = __builtin_shufflevector(a, b, ((J & S) ? L + J - S : J)...);
-  b = __builtin_shufflevector(a, b, ((J & S) ? L + J : J + S)...);
-  a = upper;
-}
-
-template <int S, class V, int L>
-FASTCV_INLINE void transpose(V (&rows)[L]) {
-  if constexpr (S > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i)
-      if (!(i & S)) swap_blocks<S>(rows[i], rows[i + S], typename MakeIndices<L>::type{});
-    transpose<S / 2>(rows);
-  }
-}
-
-// Rows become columns, in registers.
-template <class V, int L>
-FASTCV_INLINE void transpose_square(V (&rows)[L]) {
-  transpose<L / 2>(rows);
-}
+// ---- sums over lanes ---------------------------------------------------------------------------------------------------
 
 // Sums of L vectors' lanes: lane i of the result is the sum of rows[i].
 template <int S, class V, int L>
@@ -67,7 +33,7 @@ FASTCV_INLINE void fold_rows(V (&rows)[L]) {
   if constexpr (S > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < S; ++i) {
-      swap_blocks<S>(rows[i], rows[i + S], typename MakeIndices<L>::type{});
+      swap_quarters<S>(rows[i], rows[i + S], typename MakeIndices<L>::type{});
       rows[i] += rows[i + S];
     }
     fold_rows<S / 2>(rows);
