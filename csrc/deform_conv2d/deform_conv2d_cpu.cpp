@@ -111,6 +111,14 @@ struct ReadableInput {
   }
 };
 
+constexpr int64_t kSampleWork = 32;  // one sample of one channel, in multiplications of a matrix product
+
+// Items of so many multiplications each that make a thread worth its start.
+int64_t grain(int64_t work) {
+  constexpr int64_t least = 1 << 18;
+  return std::max<int64_t>(1, least / std::max<int64_t>(work, 1));
+}
+
 template <class T>
 Tensor forward(const DeformConv2dShape& s, const Tensor& input, const Tensor& weight, const Tensor& offset,
                const Tensor* mask, const Tensor& bias) {
@@ -130,11 +138,12 @@ Tensor forward(const DeformConv2dShape& s, const Tensor& input, const Tensor& we
                               is_channels_last(input),
                               4};
   // Tiles of four panels read the weights from far once for 128 pixels; fewer where threads would lack work.
-  const int64_t panels = (s.pixels() + FASTCV_PICK(deform_conv2d_panel<T>)() - 1) / FASTCV_PICK(deform_conv2d_panel<T>)();
+  const int64_t panel = FASTCV_PICK(deform_conv2d_panel<T>)(), panels = (s.pixels() + panel - 1) / panel;
   const int64_t threads = torch::stable::get_num_threads();
   while (conv.panels > 1 && panels < 4 * conv.panels * threads) --conv.panels;
   const size_t scratch_bytes = FASTCV_PICK(deform_conv2d_forward_scratch<T>)(conv);
-  parallel_for((panels + conv.panels - 1) / conv.panels, 1, [&](int64_t first, int64_t last) {
+  const int64_t work = conv.panels * panel * s.channels * s.taps() * (kSampleWork + s.group_outputs());
+  parallel_for((panels + conv.panels - 1) / conv.panels, grain(work), [&](int64_t first, int64_t last) {
     const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
     FASTCV_PICK(deform_conv2d_forward<T>)(conv, first, last, scratch.get());
   });
@@ -187,18 +196,20 @@ constexpr int64_t kBlockBytesPerRow = 2048;
 template <class T>
 void run_block(const DeformConv2dBackward<T>& conv, size_t scratch_bytes) {
   const int64_t panel = FASTCV_PICK(deform_conv2d_panel<T>)();
-  const int64_t channels = conv.last_channel - conv.first_channel;
-  parallel_for((conv.last_pixel - conv.first_pixel + panel - 1) / panel, 1, [&](int64_t first, int64_t last) {
+  const int64_t channels = conv.last_channel - conv.first_channel, pixels = conv.last_pixel - conv.first_pixel;
+  const int64_t taps = conv.shape.taps(), outputs = conv.shape.group_outputs();
+  const int64_t panel_work = panel * channels * taps * (kSampleWork + outputs);
+  parallel_for((pixels + panel - 1) / panel, grain(panel_work), [&](int64_t first, int64_t last) {
     const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
     FASTCV_PICK(deform_conv2d_backward_panels<T>)(conv, first, last, scratch.get());
   });
   if (conv.grad_input)
-    parallel_for(channels, 16, [&](int64_t first, int64_t last) {
+    parallel_for(channels, std::max<int64_t>(16, grain(pixels * taps * kSampleWork)), [&](int64_t first, int64_t last) {
       const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
       FASTCV_PICK(deform_conv2d_backward_input<T>)(conv, first, last, scratch.get());
     });
   if (conv.grad_weight)
-    parallel_for(channels, 1, [&](int64_t first, int64_t last) {
+    parallel_for(channels, grain(pixels * taps * outputs), [&](int64_t first, int64_t last) {
       FASTCV_PICK(deform_conv2d_backward_weight<T>)(conv, first, last);
     });
 }
@@ -223,7 +234,8 @@ void run_backward(DeformConv2dBackward<T>& conv) {
     const int64_t group_end = (c / s.group_channels() + 1) * s.group_channels();
     conv.first_channel = c;
     conv.last_channel = std::min(c + channels, channels < s.group_channels() ? group_end : s.channels);
-    parallel_for(FASTCV_PICK(deform_conv2d_weight_chunks<T>)(conv), 4, [&](int64_t first, int64_t last) {
+    const int64_t chunks = FASTCV_PICK(deform_conv2d_weight_chunks<T>)(conv);
+    parallel_for(chunks, grain(64 * s.group_outputs()), [&](int64_t first, int64_t last) {
       FASTCV_PICK(deform_conv2d_pack_weights<T>)(conv, first, last);
     });
     for (conv.first_pixel = 0; conv.first_pixel < s.pixels(); conv.first_pixel = conv.last_pixel) {
@@ -261,7 +273,7 @@ FiveTensors backward(const DeformConv2dShape& s, const Tensor& grad, const Tenso
     }
     if (needs & (kInput | kWeight | kOffset | kMask)) run_backward(conv);
     if (conv.grad_bias)
-      parallel_for(s.out_channels, 16, [&](int64_t first, int64_t last) {
+      parallel_for(s.out_channels, std::max<int64_t>(16, grain(s.pixels())), [&](int64_t first, int64_t last) {
         FASTCV_PICK(deform_conv2d_backward_bias<T>)(conv, first, last);
       });
   }

@@ -260,10 +260,9 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _backward_of_forward(ctx, grad):
-    *_, bias = tensors = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:5])
     wanted[3] &= ctx.constants[8]
-    wanted[4] &= bias.shape[0] > 0
     needs = sum(1 << i for i, want in enumerate(wanted) if want)
     gradients = torch.ops.fastcv.deform_conv2d_backward(grad, *tensors, *ctx.constants, needs)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 9
