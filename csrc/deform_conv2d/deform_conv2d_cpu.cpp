@@ -2,6 +2,7 @@
 #include "deform_conv2d.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "../common/stable.h"
@@ -111,12 +112,22 @@ struct ReadableInput {
   }
 };
 
-constexpr int64_t kSampleWork = 32;  // one sample of one channel, in multiplications of a matrix product
+constexpr int64_t kSampleWork = 32;  // to sample one channel, in multiplications of a matrix product
 
-// Items of so many multiplications each that make a thread worth its start.
-int64_t grain(int64_t work) {
-  constexpr int64_t least = 1 << 18;
-  return std::max<int64_t>(1, least / std::max<int64_t>(work, 1));
+// f(item, scratch) for all items, which threads take as they get free; `work` is that of all items, in multiplications.
+template <class F>
+void run_items(int64_t items, int64_t work, size_t scratch_bytes, const F& f) {
+  constexpr int64_t least = 1 << 18;  // makes a thread worth its start
+  const int64_t threads = std::min({int64_t(torch::stable::get_num_threads()), items, work / least});
+  std::atomic<int64_t> next{0};
+  const auto run = [&](int64_t, int64_t) {
+    const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
+    for (int64_t item; (item = next.fetch_add(1)) < items;) f(item, scratch.get());
+  };
+  if (threads > 1)
+    parallel_for(threads, 1, run);
+  else
+    run(0, 1);
 }
 
 template <class T>
@@ -141,12 +152,11 @@ Tensor forward(const DeformConv2dShape& s, const Tensor& input, const Tensor& we
   const int64_t panel = FASTCV_PICK(deform_conv2d_panel<T>)(), panels = (s.pixels() + panel - 1) / panel;
   const int64_t threads = torch::stable::get_num_threads();
   while (conv.panels > 1 && panels < 4 * conv.panels * threads) --conv.panels;
-  const size_t scratch_bytes = FASTCV_PICK(deform_conv2d_forward_scratch<T>)(conv);
-  const int64_t work = conv.panels * panel * s.channels * s.taps() * (kSampleWork + s.group_outputs());
-  parallel_for((panels + conv.panels - 1) / conv.panels, grain(work), [&](int64_t first, int64_t last) {
-    const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
-    FASTCV_PICK(deform_conv2d_forward<T>)(conv, first, last, scratch.get());
-  });
+  const int64_t work = s.pixels() * s.channels * s.taps() * (kSampleWork + s.group_outputs());
+  run_items((panels + conv.panels - 1) / conv.panels, work, FASTCV_PICK(deform_conv2d_forward_scratch<T>)(conv),
+            [&](int64_t tile, void* scratch) {
+              FASTCV_PICK(deform_conv2d_forward<T>)(conv, tile, tile + 1, scratch);
+            });
   return output;
 }
 
@@ -189,29 +199,32 @@ struct Gradient {
   }
 };
 
-// Pixels of a block: rows of two 16 KB panels of grad and columns fit the first-level cache together. Not a function of
-// the number of threads, on which the result must not depend.
-constexpr int64_t kBlockBytesPerRow = 2048;
+// How much of a row of grad or columns a block takes: more pixels wait less for other threads, but leave the cache. Not a
+// function of the number of threads, on which the result must not depend.
+constexpr int64_t kBlockBytesPerRow = 4096;
+// Channels that a thread takes at once.
+constexpr int64_t kScatterChannels = 16, kWeightChannels = 8, kBiasOutputs = 32;
 
 template <class T>
 void run_block(const DeformConv2dBackward<T>& conv, size_t scratch_bytes) {
   const int64_t panel = FASTCV_PICK(deform_conv2d_panel<T>)();
   const int64_t channels = conv.last_channel - conv.first_channel, pixels = conv.last_pixel - conv.first_pixel;
-  const int64_t taps = conv.shape.taps(), outputs = conv.shape.group_outputs();
-  const int64_t panel_work = panel * channels * taps * (kSampleWork + outputs);
-  parallel_for((pixels + panel - 1) / panel, grain(panel_work), [&](int64_t first, int64_t last) {
-    const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
-    FASTCV_PICK(deform_conv2d_backward_panels<T>)(conv, first, last, scratch.get());
-  });
-  if (conv.grad_input)
-    parallel_for(channels, std::max<int64_t>(16, grain(pixels * taps * kSampleWork)), [&](int64_t first, int64_t last) {
-      const Scratch<char> scratch = allocate_scratch<char>(scratch_bytes);
-      FASTCV_PICK(deform_conv2d_backward_input<T>)(conv, first, last, scratch.get());
-    });
-  if (conv.grad_weight)
-    parallel_for(channels, grain(pixels * taps * outputs), [&](int64_t first, int64_t last) {
+  const int64_t samples = pixels * channels * conv.shape.taps(), outputs = conv.shape.group_outputs();
+  run_items((pixels + panel - 1) / panel, samples * (kSampleWork + outputs), scratch_bytes,
+            [&](int64_t item, void* scratch) {
+              FASTCV_PICK(deform_conv2d_backward_panels<T>)(conv, item, item + 1, scratch);
+            });
+  const int64_t scatters = conv.grad_input ? (channels + kScatterChannels - 1) / kScatterChannels : 0;
+  const int64_t products = conv.grad_weight ? (channels + kWeightChannels - 1) / kWeightChannels : 0;
+  run_items(scatters + products, samples * (kSampleWork + outputs), scratch_bytes, [&](int64_t item, void* scratch) {
+    if (item < scatters) {
+      const int64_t first = item * kScatterChannels, last = std::min(first + kScatterChannels, channels);
+      FASTCV_PICK(deform_conv2d_backward_input<T>)(conv, first, last, scratch);
+    } else {
+      const int64_t first = (item - scatters) * kWeightChannels, last = std::min(first + kWeightChannels, channels);
       FASTCV_PICK(deform_conv2d_backward_weight<T>)(conv, first, last);
-    });
+    }
+  });
 }
 
 template <class T>
@@ -235,8 +248,8 @@ void run_backward(DeformConv2dBackward<T>& conv) {
     conv.first_channel = c;
     conv.last_channel = std::min(c + channels, channels < s.group_channels() ? group_end : s.channels);
     const int64_t chunks = FASTCV_PICK(deform_conv2d_weight_chunks<T>)(conv);
-    parallel_for(chunks, grain(64 * s.group_outputs()), [&](int64_t first, int64_t last) {
-      FASTCV_PICK(deform_conv2d_pack_weights<T>)(conv, first, last);
+    run_items(chunks, chunks * kSampleWork * s.group_outputs(), 0, [&](int64_t chunk, void*) {
+      FASTCV_PICK(deform_conv2d_pack_weights<T>)(conv, chunk, chunk + 1);
     });
     for (conv.first_pixel = 0; conv.first_pixel < s.pixels(); conv.first_pixel = conv.last_pixel) {
       conv.last_pixel = std::min(conv.first_pixel + pixels, s.pixels());
@@ -273,9 +286,11 @@ FiveTensors backward(const DeformConv2dShape& s, const Tensor& grad, const Tenso
     }
     if (needs & (kInput | kWeight | kOffset | kMask)) run_backward(conv);
     if (conv.grad_bias)
-      parallel_for(s.out_channels, std::max<int64_t>(16, grain(s.pixels())), [&](int64_t first, int64_t last) {
-        FASTCV_PICK(deform_conv2d_backward_bias<T>)(conv, first, last);
-      });
+      run_items((s.out_channels + kBiasOutputs - 1) / kBiasOutputs, s.out_channels * s.pixels(), 0,
+                [&](int64_t item, void*) {
+                  const int64_t first = item * kBiasOutputs, last = std::min(first + kBiasOutputs, s.out_channels);
+                  FASTCV_PICK(deform_conv2d_backward_bias<T>)(conv, first, last);
+                });
   }
   return {grad_input.result(memory_format(input)), grad_weight.result(), grad_offset.result(), grad_mask.result(), grad_bias.result()};
 }

@@ -22,6 +22,12 @@ def _accumulate(*tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.float64 if double else torch.float32) for t in tensors]
 
 
+def _einsum(equation: str, left: Tensor, right: Tensor) -> Tensor:
+    """In the types of the tensors, under autocast too."""
+    with torch.autocast(left.device.type, enabled=False):
+        return torch.einsum(equation, left, right)
+
+
 class _Axis:
     """Positions along one axis: index of the lower pixel, distance from it."""
 
@@ -115,18 +121,18 @@ class _Positions:
     def multiply(self, weight: Tensor, columns: Tensor) -> Tensor:
         """Outputs ``[N, O, OH, OW]``."""
         columns = self._by_group(columns.flatten(1, 2)).flatten(2, 3)
-        outputs = torch.einsum("gok,ngkp->ngop", self._matrix(weight), columns)
+        outputs = _einsum("gok,ngkp->ngop", self._matrix(weight), columns)
         return outputs.flatten(1, 2).unflatten(2, self.out_size)
 
     def multiply_transposed(self, weight: Tensor, grad: Tensor) -> Tensor:
         """Columns, from a gradient of the outputs."""
-        columns = torch.einsum("gok,ngop->ngkp", self._matrix(weight), self._by_group(grad.flatten(2)))
+        columns = _einsum("gok,ngop->ngkp", self._matrix(weight), self._by_group(grad.flatten(2)))
         return columns.reshape(*self.planes_shape[:3], *self.y.low.shape[3:])
 
     def multiply_outer(self, grad: Tensor, columns: Tensor) -> Tensor:
         """The gradient of the weight, ``[groups, O / groups, C / groups * T]``."""
         columns = self._by_group(columns.flatten(1, 2)).flatten(2, 3)
-        return torch.einsum("ngop,ngkp->gok", self._by_group(grad.flatten(2)), columns)
+        return _einsum("ngop,ngkp->gok", self._by_group(grad.flatten(2)), columns)
 
 
 def deform_conv2d(
