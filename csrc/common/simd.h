@@ -55,7 +55,7 @@ struct VecN {
 
 template <class T>
 FASTCV_INLINE Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x for every x and costs nothing; 0 + x would turn -0 into 0, so it stays an addition
 }
 
 // ---- scalar conversions -------------------------------------------------------------------------------------------
