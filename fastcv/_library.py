@@ -127,16 +127,13 @@ def build_info() -> dict:
         _load_errors.setdefault("_C_cuda", "this torch has no CUDA")
     return {
         "torch": torch.__version__,
-        "libraries": {
-            stem: _load_errors.get(stem, "loaded") for stem in ("_C_cpu", "_C_cuda", "_host")
-        },
+        "libraries": {stem: _load_errors.get(stem, "loaded") for stem in ("_C_cpu", "_C_cuda", "_host")},
         "cpu_isa": host.cpu_isa() if host and cpu_loaded else None,
         "available_isas": host.available_isas() if host else [],
         "compiler": host.compiler() if host else None,
         "threads": torch.get_num_threads(),
         "operators": {
-            name: {device: implementation(name, device) for device in ("cpu", "cuda")}
-            for name in sorted(OPERATORS)
+            name: {device: implementation(name, device) for device in ("cpu", "cuda")} for name in sorted(OPERATORS)
         },
         "patched": {package: dict(report) for package, report in PATCHED.items()},
     }

@@ -46,9 +46,7 @@ def _grad_modes(backward: bool, forward: bool):
         yield
 
 
-def register_autograd(
-    name: str, *, setup_context: Callable, backward: Callable, jvp: Callable
-) -> None:
+def register_autograd(name: str, *, setup_context: Callable, backward: Callable, jvp: Callable) -> None:
     """Give ``fastcv::name`` first derivatives in both modes.
 
     Args:

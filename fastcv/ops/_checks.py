@@ -18,16 +18,13 @@ def check_tensor(name: str, value: object) -> None:
 def check_floating(name: str, value: Tensor) -> None:
     check_tensor(name, value)
     if not value.is_floating_point():
-        raise TypeError(
-            f"{name}: expected float32, float64, float16 or bfloat16, got {value.dtype}"
-        )
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {value.dtype}")
 
 
 def check_shape(name: str, value: Tensor, expected: tuple[int | str | None, ...]) -> None:
     """``expected`` has an int where the size is fixed and a letter (or None) where it is free."""
     ok = value.dim() == len(expected) and all(
-        not isinstance(want, int) or have == want
-        for have, want in zip(value.shape, expected, strict=True)
+        not isinstance(want, int) or have == want for have, want in zip(value.shape, expected, strict=True)
     )
     if not ok:
         wanted = ", ".join("any" if e is None else str(e) for e in expected)
@@ -36,9 +33,7 @@ def check_shape(name: str, value: Tensor, expected: tuple[int | str | None, ...]
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
-        raise ValueError(
-            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
-        )
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
 
 
 def check_boxes_and_scores(boxes: Tensor, scores: Tensor) -> None:
@@ -59,9 +54,7 @@ def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int = 1) 
     both = (value, value) if isinstance(value, (int, torch.SymInt)) else value
     ok = isinstance(both, (list, tuple)) and len(both) == 2
     if not ok or any(not isinstance(v, (int, torch.SymInt)) or v < minimum for v in both):
-        raise ValueError(
-            f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}"
-        )
+        raise ValueError(f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}")
     return tuple(both)
 
 

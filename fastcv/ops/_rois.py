@@ -17,13 +17,9 @@ def as_rois(boxes: Boxes, images: int) -> Tensor:
         check_shape("boxes", boxes, ("K", 5))
         return boxes
     if not isinstance(boxes, (list, tuple)):
-        raise TypeError(
-            f"boxes: expected a Tensor [K, 5] or a list of Tensors [L, 4], got {type(boxes).__name__}"
-        )
+        raise TypeError(f"boxes: expected a Tensor [K, 5] or a list of Tensors [L, 4], got {type(boxes).__name__}")
     if len(boxes) != images:
-        raise ValueError(
-            f"boxes: expected a list of {images} tensors, one per image, got {len(boxes)}"
-        )
+        raise ValueError(f"boxes: expected a list of {images} tensors, one per image, got {len(boxes)}")
     for i, b in enumerate(boxes):
         check_floating(f"boxes[{i}]", b)
         check_shape(f"boxes[{i}]", b, ("L", 4))

@@ -169,9 +169,7 @@ def enclosing_size(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
     return width, torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
 
 
-def centre_distance(
-    boxes1: Tensor, boxes2: Tensor, enclosing: tuple[Tensor, Tensor], eps: float
-) -> Tensor:
+def centre_distance(boxes1: Tensor, boxes2: Tensor, enclosing: tuple[Tensor, Tensor], eps: float) -> Tensor:
     """Squared distance of the centres over the squared diagonal of the enclosing box."""
     ax1, ay1, ax2, ay2 = boxes1.unbind(-1)
     bx1, by1, bx2, by2 = boxes2.unbind(-1)

@@ -17,9 +17,7 @@ from .boxes import check_boxes
 __all__ = ["complete_box_iou_loss", "distance_box_iou_loss", "generalized_box_iou_loss"]
 
 
-def generalized_box_iou_loss(
-    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
-) -> Tensor:
+def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
     """``1 - GIoU`` of each box with its partner.
 
     Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019, algorithm 2. Two equal
@@ -53,9 +51,7 @@ def generalized_box_iou_loss(
     return reduce_loss(loss, reduction)
 
 
-def distance_box_iou_loss(
-    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
-) -> Tensor:
+def distance_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
     """``1 - DIoU`` of each box with its partner.
 
     Zheng et al., "Distance-IoU Loss", AAAI 2020, equation 7. Two equal boxes of no area have
@@ -88,9 +84,7 @@ def distance_box_iou_loss(
     return reduce_loss(loss, reduction)
 
 
-def complete_box_iou_loss(
-    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
-) -> Tensor:
+def complete_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
     """``1 - CIoU`` of each box with its partner.
 
     Zheng et al., "Distance-IoU Loss", AAAI 2020, equations 8 to 11; the weight of the aspect term
@@ -131,8 +125,6 @@ def _partners(boxes1: Tensor, boxes2: Tensor, reduction: str) -> tuple[Tensor, T
     check_boxes("boxes1", boxes1, 4)
     check_boxes("boxes2", boxes2, 4)
     if boxes1.shape != boxes2.shape:
-        raise ValueError(
-            f"boxes2: expected the shape of boxes1, {list(boxes1.shape)}, got {list(boxes2.shape)}"
-        )
+        raise ValueError(f"boxes2: expected the shape of boxes1, {list(boxes1.shape)}, got {list(boxes2.shape)}")
     dtype = common_type(boxes1, boxes2)
     return boxes1.to(dtype), boxes2.to(dtype)

@@ -23,9 +23,7 @@ def check_boxes(name: str, boxes: Tensor, columns: int, at_least: bool = False) 
     given = boxes.shape[-1] if boxes.ndim else 0
     if given < columns or (given > columns and not at_least):
         expected = f"{'at least ' if at_least else ''}{columns}"
-        raise ValueError(
-            f"{name}: expected a last dimension of {expected}, got shape {list(boxes.shape)}"
-        )
+        raise ValueError(f"{name}: expected a last dimension of {expected}, got shape {list(boxes.shape)}")
 
 
 def _without_overflow(boxes: Tensor) -> Tensor:
@@ -112,8 +110,7 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
             raise ValueError(f"{name}: expected one of {tuple(columns)}, got {fmt!r}")
     if (in_fmt in ROTATED_COLUMNS) != (out_fmt in ROTATED_COLUMNS):
         raise NotImplementedError(
-            f"conversion between axis-aligned and rotated boxes: in_fmt={in_fmt!r}, "
-            f"out_fmt={out_fmt!r}"
+            f"conversion between axis-aligned and rotated boxes: in_fmt={in_fmt!r}, out_fmt={out_fmt!r}"
         )
     check_boxes("boxes", boxes, columns[in_fmt])
     if in_fmt == out_fmt:

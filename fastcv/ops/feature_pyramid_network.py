@@ -20,9 +20,7 @@ __all__ = ["ExtraFPNBlock", "FeaturePyramidNetwork", "LastLevelMaxPool", "LastLe
 class ExtraFPNBlock(nn.Module):
     """Base class of blocks that add levels to the pyramid."""
 
-    def forward(
-        self, results: list[Tensor], x: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """From the pyramid's levels, the backbone's and the names: levels and names, extended."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")
 
@@ -67,26 +65,20 @@ class FeaturePyramidNetwork(nn.Module):
         self.layer_blocks = nn.ModuleList()
         for channels in in_channels_list:
             if channels == 0:
-                raise ValueError(
-                    f"in_channels_list: expected sizes of at least 1, got {in_channels_list}"
-                )
+                raise ValueError(f"in_channels_list: expected sizes of at least 1, got {in_channels_list}")
             for blocks, c, kernel_size in (
                 (self.inner_blocks, channels, 1),
                 (self.layer_blocks, out_channels, 3),
             ):
                 blocks.append(
-                    Conv2dNormActivation(
-                        c, out_channels, kernel_size, norm_layer=norm_layer, activation_layer=None
-                    )
+                    Conv2dNormActivation(c, out_channels, kernel_size, norm_layer=norm_layer, activation_layer=None)
                 )
         _initialize_convolutions(self)
         if extra_blocks is not None and not isinstance(extra_blocks, nn.Module):
             raise TypeError(f"extra_blocks: expected an ExtraFPNBlock, got {extra_blocks!r}")
         self.extra_blocks = extra_blocks
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for blocks in ("inner_blocks", "layer_blocks"):
             for i in range(len(getattr(self, blocks))):
                 for kind in ("weight", "bias"):
@@ -127,9 +119,7 @@ class LastLevelMaxPool(ExtraFPNBlock):
         (['p5', 'pool'], torch.Size([1, 5, 4, 4]))
     """
 
-    def forward(
-        self, x: list[Tensor], y: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:
+    def forward(self, x: list[Tensor], y: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         pooled = F.max_pool2d(x[-1], kernel_size=1, stride=2, padding=0)
         return [*x, pooled], [*names, "pool"]
 
@@ -160,9 +150,7 @@ class LastLevelP6P7(ExtraFPNBlock):
         _initialize_convolutions(self)
         self.use_P5 = in_channels == out_channels
 
-    def forward(
-        self, p: list[Tensor], c: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         p6 = self.p6(p[-1] if self.use_P5 else c[-1])
         p7 = self.p7(F.relu(p6))
         return [*p, p6, p7], [*names, "p6", "p7"]

@@ -51,9 +51,7 @@ def _is_diou(iou_type: str) -> bool:
     return iou_type == "diou"
 
 
-def nms(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, *, iou_type: IoUType = "iou"
-) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, iou_type: IoUType = "iou") -> Tensor:
     """Greedy non-maximum suppression: keep the best box, drop all that overlap it too much, repeat.
 
     Args:
@@ -186,9 +184,7 @@ def nms_padded(
     threshold = float("-inf") if score_threshold is None else score_threshold
     check_threshold("score_threshold", threshold)
     return PaddedDetections(
-        *torch.ops.fastcv.nms_padded(
-            boxes, scores, idxs, iou_threshold, max_output, threshold, _is_diou(iou_type)
-        )
+        *torch.ops.fastcv.nms_padded(boxes, scores, idxs, iou_threshold, max_output, threshold, _is_diou(iou_type))
     )
 
 
@@ -223,9 +219,7 @@ for _name in ("nms", "batched_nms"):
     torch.library.register_vmap(f"fastcv::{_name}", _no_vmap, lib=LIBRARY)
 
 
-def _nms_padded_vmap(
-    info, in_dims, boxes, scores, idxs, iou_threshold, max_output, score_threshold, diou=False
-):
+def _nms_padded_vmap(info, in_dims, boxes, scores, idxs, iou_threshold, max_output, score_threshold, diou=False):
     """The mapped dimension joins the images: one call for all."""
 
     def fold(value, dim):

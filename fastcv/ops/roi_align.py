@@ -73,9 +73,7 @@ def roi_align(
     rois = as_rois(boxes, input.shape[0])
     check_rois(input, rois)
     height, width = pair("output_size", output_size)
-    return torch.ops.fastcv.roi_align(
-        input, rois, spatial_scale, height, width, sampling_ratio, aligned
-    )
+    return torch.ops.fastcv.roi_align(input, rois, spatial_scale, height, width, sampling_ratio, aligned)
 
 
 class RoIAlign(nn.Module):
@@ -95,9 +93,7 @@ class RoIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Boxes) -> Tensor:
-        return roi_align(
-            input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
-        )
+        return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
     def extra_repr(self) -> str:
         return (
@@ -137,9 +133,7 @@ def _setup_forward(ctx, inputs, output):
 def _backward_of_forward(ctx, grad):
     (boxes,) = ctx.saved_tensors
     *bins, sampling_ratio, aligned = ctx.constants
-    gradient = torch.ops.fastcv.roi_align_backward(
-        grad, boxes, *bins, *ctx.shape, sampling_ratio, aligned
-    )
+    gradient = torch.ops.fastcv.roi_align_backward(grad, boxes, *bins, *ctx.shape, sampling_ratio, aligned)
     return gradient, None, None, None, None, None, None
 
 
@@ -166,9 +160,7 @@ def _jvp_of_backward(ctx, tangent, *_):
     return None if tangent is None else torch.ops.fastcv.roi_align_backward(tangent, boxes, *ctx.constants)
 
 
-register_autograd(
-    "roi_align", setup_context=_setup_forward, backward=_backward_of_forward, jvp=_jvp_of_forward
-)
+register_autograd("roi_align", setup_context=_setup_forward, backward=_backward_of_forward, jvp=_jvp_of_forward)
 register_autograd(
     "roi_align_backward",
     setup_context=_setup_backward,

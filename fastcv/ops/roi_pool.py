@@ -2,7 +2,7 @@
 
 Defined on every path alike:
 
-* corners are scaled and rounded half away from zero; a region includes both of its corner pixels and is at least a pixel;
+* corners are scaled and rounded half away from zero; a region includes both corner pixels and is at least a pixel;
 * a bin without a pixel of the map is 0, as is every bin of a region with an infinite or NaN coordinate;
 * NaN features never win; a bin of nothing but NaN gives -infinity; equal maxima go to the first pixel in reading order;
 * a batch index that is no image raises.
@@ -31,21 +31,19 @@ define(
 )
 
 
-def roi_pool(
-    input: Tensor, boxes: Boxes, output_size: int | tuple[int, int], spatial_scale: float = 1.0
-) -> Tensor:
+def roi_pool(input: Tensor, boxes: Boxes, output_size: int | tuple[int, int], spatial_scale: float = 1.0) -> Tensor:
     """The maximum of each bin of each region (Girshick, "Fast R-CNN", ICCV 2015, section 2.1).
 
     Args:
         input: ``[N, C, H, W]``, any floating type, contiguous or channels-last.
-        boxes: ``[K, 5]`` as ``(batch index, x1, y1, x2, y2)``, or a list of one ``[L, 4]`` per image, in the units of the
-            image that ``spatial_scale`` relates to the map; any floating type.
+        boxes: ``[K, 5]`` as ``(batch index, x1, y1, x2, y2)``, or a list of one ``[L, 4]`` per image, in the units
+            of the image that ``spatial_scale`` relates to the map; any floating type.
         output_size: bins, ``PH`` or ``(PH, PW)``.
         spatial_scale: map pixels per unit of ``boxes``, such as 1/16.
 
     Returns:
-        ``[K, C, PH, PW]`` in the input's dtype and memory format. Differentiable with respect to ``input`` in both modes,
-        twice; gradients are bit-equal for any number of threads. Boxes get no gradient.
+        ``[K, C, PH, PW]`` in the input's dtype and memory format. Differentiable with respect to ``input`` in both
+        modes, twice; gradients are bit-equal for any number of threads. Boxes get no gradient.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.

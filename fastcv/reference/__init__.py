@@ -1,7 +1,7 @@
 """Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
 
-from . import matrix_nms as matrix_nms
 from . import deform_conv2d as deform_conv2d
+from . import matrix_nms as matrix_nms
 from . import nms as nms
 from . import null as null
 from . import roi_align as roi_align

@@ -46,9 +46,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, diou: bool = False)
     return torch.stack(kept) if kept else rows
 
 
-def batched_nms(
-    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, diou: bool = False
-) -> Tensor:
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, diou: bool = False) -> Tensor:
     boxes, scores = _accumulate(boxes, scores)
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for class_id in idxs.unique():

@@ -19,9 +19,7 @@ def _coordinates(boxes: Tensor, features: Tensor) -> Tensor:
     return boxes.to(torch.float64 if double else torch.float32)
 
 
-def _axis_weights(
-    low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio: int, widen: bool
-) -> Tensor:
+def _axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio: int, widen: bool) -> Tensor:
     """One axis of one region, in pixels -> the weight of each of ``size`` pixels in each bin, ``[bins, size]``."""
     extent = high - low
     if widen:
@@ -96,14 +94,10 @@ def roi_align(
     aligned: bool,
 ) -> Tensor:
     scales = [spatial_scale]
-    return multiscale_roi_align(
-        [input], boxes, scales, pooled_height, pooled_width, sampling_ratio, aligned, 224, 4
-    )
+    return multiscale_roi_align([input], boxes, scales, pooled_height, pooled_width, sampling_ratio, aligned, 224, 4)
 
 
-def roi_levels(
-    boxes: Tensor, spatial_scales: list[float], canonical_scale: int, canonical_level: int
-) -> Tensor:
+def roi_levels(boxes: Tensor, spatial_scales: list[float], canonical_scale: int, canonical_level: int) -> Tensor:
     """The pyramid level of each region (Lin et al., FPN, CVPR 2017, equation 1): the finest that is coarse enough."""
     size = ((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])).sqrt()
     wanted = torch.floor(canonical_level + torch.log2(size / canonical_scale) + 1e-6)
