@@ -42,7 +42,7 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-REGIONS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
+REGIONS = ("roi_align", "roi_pool", "deform_conv2d")
 
 
 def random_boxes(n, seed=0, size=100.0):

@@ -38,8 +38,6 @@ OPERATORS = {
     "nms": False,
     "roi_align": True,
     "roi_pool": True,
-    "ps_roi_align": True,
-    "ps_roi_pool": True,
     "deform_conv2d": True,
 }
 # Where torchvision's autocast rule on the CPU copies to float32 and back.
