@@ -16,13 +16,14 @@ struct Keyed {
 
 template <class Key>
 void radix_sort(std::vector<Keyed<Key>>& items) {
+  Key varying = 0;
+  for (const auto& item : items) varying |= item.key ^ items[0].key;
+  if (!varying) return;
   std::vector<Keyed<Key>> other(items.size());
   for (unsigned shift = 0; shift < 8 * sizeof(Key); shift += 8) {
+    if (!((varying >> shift) & 255)) continue;
     int64_t start[257] = {};
     for (const auto& item : items) ++start[((item.key >> shift) & 255) + 1];
-    bool one_digit = false;
-    for (int d = 1; d <= 256; ++d) one_digit |= start[d] == int64_t(items.size());
-    if (one_digit) continue;
     for (int d = 0; d < 256; ++d) start[d + 1] += start[d];
     for (const auto& item : items) other[start[(item.key >> shift) & 255]++] = item;
     std::swap(items, other);

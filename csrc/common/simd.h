@@ -55,7 +55,7 @@ struct VecN {
 
 template <class T>
 FASTCV_INLINE Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x for every x and costs nothing; 0 + x would turn -0 into 0, so it stays an addition
 }
 
 // ---- scalar conversions -------------------------------------------------------------------------------------------
@@ -244,6 +244,22 @@ FASTCV_INLINE bool any(M mask) {
   uint64_t all = 0;
   for (uint64_t word : words) all |= word;
   return all != 0;
+#endif
+}
+
+// One bit for each lane of T of a comparison's result, the first lane lowest.
+template <class T, class M>
+FASTCV_INLINE uint32_t lane_bits(M mask) {
+#if defined(__AVX512F__)
+  return sizeof(T) == 4 ? uint32_t(_mm512_movepi32_mask((__m512i)mask)) : uint32_t(_mm512_movepi64_mask((__m512i)mask));
+#elif defined(__AVX2__)
+  return sizeof(T) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+#elif defined(__SSE2__)
+  return sizeof(T) == 4 ? _mm_movemask_ps((__m128)mask) : _mm_movemask_pd((__m128d)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
 #endif
 }
 

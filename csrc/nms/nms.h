@@ -25,4 +25,6 @@ FASTCV_EACH_ISA(
     // Bytes of scratch, aligned to 64, that nms_segment needs for n boxes.
     template <class T> size_t nms_scratch_bytes(int64_t n);
     // Returns the number of boxes kept.
-    template <class T> int64_t nms_segment(const NmsSegment<T>& segment, void* scratch);)
+    template <class T> int64_t nms_segment(const NmsSegment<T>& segment, void* scratch);
+    // Writes the rows i < n with scores[i] > threshold (>= where inclusive) to rows, which holds n; returns how many.
+    template <class T> int64_t select_scores(const T* scores, int64_t n, T threshold, bool inclusive, int32_t* rows);)

@@ -1,112 +1,138 @@
-// Tensor shells of nms, batched_nms and nms_padded: sort, split into segments, run the kernel, gather what was kept.
+// Tensor shells of nms, batched_nms and nms_padded: select, sort, split into segments, run the kernel, merge.
 #include "nms.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
+#include <type_traits>
 
-#include "../common/radix_sort.h"
+#include "../common/segments.h"
 #include "../common/stable.h"
 
 namespace fastcv {
 namespace {
 
-template <class T>
-using ScoreKey = decltype(descending_key(T{}));
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<void, Free>;
-
-Scratch allocate(size_t bytes) {
-  void* p = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
-  STD_TORCH_CHECK(p, "nms: cannot allocate ", bytes, " bytes of scratch memory");
-  return Scratch(p);
-}
+constexpr double kNoThreshold = -std::numeric_limits<double>::infinity();
 
 template <class T>
-struct Candidates {
-  const T* boxes;   // [N, 4]
-  const T* scores;  // [N]
-  int64_t n;
-  double score_threshold;  // candidates score above it; -infinity admits a score of -infinity too
-};
+using Item = Keyed<decltype(descending_key(T{}))>;
 
 struct Criterion {
   double iou_threshold;
   bool diou;
 };
 
-// Rows that take part, best score first, ties by row. A box or score with NaN takes no part.
+// One image. A candidate is a pair of a class and a row, numbered class * n + row; with ids there is one score a row.
 template <class T>
-std::vector<int32_t> ranked_rows(const Candidates<T>& c) {
-  STD_TORCH_CHECK(c.n < std::numeric_limits<int32_t>::max(), "boxes: expected fewer than 2^31 boxes, got ", c.n);
-  std::vector<Keyed<ScoreKey<T>>> items;
-  items.reserve(c.n);
-  for (int64_t i = 0; i < c.n; ++i) {
-    const T* b = c.boxes + 4 * i;
-    const T score = c.scores[i];
-    const bool admitted = score > c.score_threshold || c.score_threshold == -std::numeric_limits<double>::infinity();
-    const bool nan = std::isnan(score) || std::isnan(b[0]) || std::isnan(b[1]) || std::isnan(b[2]) || std::isnan(b[3]);
-    if (admitted && !nan) items.push_back({descending_key(score), int32_t(i)});
+struct Image {
+  const T* boxes;      // [N, 4]
+  const T* scores;     // [C, N]
+  const int64_t* ids;  // [N] or null
+  int64_t n, classes;
+
+  int64_t row_of(int32_t candidate) const { return classes == 1 ? candidate : candidate % n; }
+  int64_t id_of(int32_t candidate) const { return ids ? ids[candidate] : classes == 1 ? 0 : candidate / n; }
+};
+
+// Candidates of one class whose score passes; a box or score with NaN takes no part.
+template <class T>
+void append_candidates(const Image<T>& image, int64_t c, double score_threshold, std::vector<Item<T>>& items) {
+  const T* scores = image.scores + c * image.n;
+  const Scratch<int32_t> row = allocate_scratch<int32_t>(image.n);
+  // Without a threshold a score of -infinity is admitted too. Rounded to T, as `scores > threshold` in PyTorch rounds.
+  const int64_t count =
+      FASTCV_PICK(select_scores<T>)(scores, image.n, T(score_threshold), score_threshold == kNoThreshold, row.get());
+  items.reserve(items.size() + count);
+  for (int64_t i = 0; i < count; ++i) {
+    const T* b = image.boxes + 4 * int64_t(row[i]);
+    if (std::isnan(b[0]) || std::isnan(b[1]) || std::isnan(b[2]) || std::isnan(b[3])) continue;
+    items.push_back({descending_key(scores[row[i]]), int32_t(c * image.n + row[i])});
   }
-  radix_sort(items);
-  std::vector<int32_t> rows(items.size());
-  for (size_t i = 0; i < items.size(); ++i) rows[i] = items[i].row;
-  return rows;
 }
 
-// Suppression among ranked rows; returns the kept ones, still ranked.
+// By class, then row: a stable sort leaves equal scores in that order.
 template <class T>
-std::vector<int32_t> suppress(const T* boxes, std::vector<int32_t> rows, Criterion criterion, int64_t max_keep) {
-  const int64_t n = int64_t(rows.size());
-  std::vector<uint8_t> keep(n);
-  Scratch scratch = allocate(FASTCV_PICK(nms_scratch_bytes<T>)(n));
-  NmsSegment<T> segment{boxes, rows.data(), n, criterion.iou_threshold, criterion.diou, keep.data(), max_keep};
-  FASTCV_PICK(nms_segment<T>)(segment, scratch.get());
-  size_t kept = 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (keep[i]) rows[kept++] = rows[i];
-  rows.resize(kept);
-  return rows;
+std::vector<Item<T>> candidates(const Image<T>& image, double score_threshold) {
+  STD_TORCH_CHECK(image.classes * image.n < std::numeric_limits<int32_t>::max(),
+                  "boxes: expected fewer than 2^31 scores an image, got ", image.classes * image.n);
+  std::vector<std::vector<Item<T>>> per_class(image.classes);
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(image.n, 1));
+  parallel_for(image.classes, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) append_candidates(image, c, score_threshold, per_class[c]);
+  });
+  if (image.classes == 1) return std::move(per_class[0]);
+  size_t total = 0;
+  for (const auto& items : per_class) total += items.size();
+  std::vector<Item<T>> all;
+  all.reserve(total);
+  for (const auto& items : per_class) all.insert(all.end(), items.begin(), items.end());
+  return all;
 }
 
-// The same within each class: ids are compared, coordinates are never shifted, and classes run in parallel.
+// The best candidates, at least `wanted` (or all), in the order they have: all that share the leading 16 bits of their
+// score with one of the best are in.
 template <class T>
-std::vector<int32_t> suppress_by_class(const T* boxes, const int64_t* ids, const std::vector<int32_t>& rows,
-                                       Criterion criterion) {
-  const int64_t n = int64_t(rows.size());
-  std::vector<Keyed<uint64_t>> ranks(n);  // ranks grouped by class; the stable sort keeps the order within a class
-  for (int64_t rank = 0; rank < n; ++rank) ranks[rank] = {uint64_t(ids[rows[rank]]), int32_t(rank)};
-  radix_sort(ranks);
-  std::vector<int64_t> starts;
-  std::vector<int32_t> grouped(n);
-  for (int64_t i = 0; i < n; ++i) {
-    grouped[i] = rows[ranks[i].row];
-    if (i == 0 || ranks[i].key != ranks[i - 1].key) starts.push_back(i);
-  }
-  const int64_t segments = int64_t(starts.size());
-  starts.push_back(n);
+std::vector<Item<T>> best_of(const std::vector<Item<T>>& items, int64_t wanted) {
+  if (int64_t(items.size()) <= 2 * wanted) return items;
+  constexpr int kShift = 8 * sizeof(Item<T>::key) - 16;
+  std::vector<int32_t> histogram(1 << 16);
+  for (const auto& item : items) ++histogram[item.key >> kShift];
+  int64_t count = 0;
+  uint32_t last = 0;
+  while ((count += histogram[last]) < wanted) ++last;
+  std::vector<Item<T>> best;
+  best.reserve(count);
+  for (const auto& item : items)
+    if (item.key >> kShift <= last) best.push_back(item);
+  return best;
+}
+
+// Suppression within each class among candidates sorted by score; returns the kept ones, still sorted. Ids are
+// compared, coordinates are never shifted, and classes run in parallel.
+template <class T>
+std::vector<int32_t> suppress(const Image<T>& image, const std::vector<Item<T>>& ranked, Criterion criterion,
+                              int64_t max_keep) {
+  const int64_t n = int64_t(ranked.size());
+  const bool one_class = !image.ids && image.classes == 1;
+  const auto id_of = [&](int64_t rank) { return image.id_of(ranked[rank].row); };
+  const Segments segments = one_class ? one_segment(n) : group_by_id(n, id_of);
+  std::vector<int32_t> rows(n);
+  for (int64_t i = 0; i < n; ++i) rows[i] = int32_t(image.row_of(ranked[segments.items[i]].row));
   std::vector<uint8_t> keep(n), keep_by_rank(n);
-  int64_t longest = 0;
-  for (int64_t s = 0; s < segments; ++s) longest = std::max(longest, starts[s + 1] - starts[s]);
-  const int64_t grain = std::max<int64_t>(1, 2048 * segments / std::max<int64_t>(n, 1));
-  parallel_for(segments, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch = allocate(FASTCV_PICK(nms_scratch_bytes<T>)(longest));
+  parallel_for(segments.count, segments.grain(2048), [&](int64_t begin, int64_t end) {
+    const Scratch<char> scratch = allocate_scratch<char>(FASTCV_PICK(nms_scratch_bytes<T>)(segments.longest));
     for (int64_t s = begin; s < end; ++s) {
-      NmsSegment<T> segment{boxes,          grouped.data() + starts[s], starts[s + 1] - starts[s], criterion.iou_threshold,
-                            criterion.diou, keep.data() + starts[s],    n};
+      const int64_t start = segments.starts[s];
+      const NmsSegment<T> segment{.boxes = image.boxes,
+                                  .order = rows.data() + start,
+                                  .n = segments.size(s),
+                                  .iou_threshold = criterion.iou_threshold,
+                                  .diou = criterion.diou,
+                                  .keep = keep.data() + start,
+                                  .max_keep = max_keep};
       FASTCV_PICK(nms_segment<T>)(segment, scratch.get());
     }
   });
-  for (int64_t i = 0; i < n; ++i) keep_by_rank[ranks[i].row] = keep[i];
+  for (int64_t i = 0; i < n; ++i) keep_by_rank[segments.items[i]] = keep[i];
   std::vector<int32_t> kept;
-  for (int64_t rank = 0; rank < n; ++rank)
-    if (keep_by_rank[rank]) kept.push_back(rows[rank]);
+  for (int64_t rank = 0; rank < n && int64_t(kept.size()) < max_keep; ++rank)
+    if (keep_by_rank[rank]) kept.push_back(ranked[rank].row);
   return kept;
+}
+
+// The best `limit` detections. What is kept among the best candidates does not depend on the others, so the best are
+// tried first, and more of them only where those leave too few.
+template <class T>
+std::vector<int32_t> detect(const Image<T>& image, double score_threshold, Criterion criterion, int64_t limit) {
+  if (limit == 0) return {};
+  const std::vector<Item<T>> items = candidates(image, score_threshold);
+  const int64_t n = int64_t(items.size());
+  for (int64_t wanted = limit < n ? std::max<int64_t>(2048, 8 * limit) : n;; wanted *= 8) {
+    std::vector<Item<T>> ranked = best_of<T>(items, wanted);
+    radix_sort(ranked);
+    std::vector<int32_t> kept = suppress(image, ranked, criterion, limit);
+    if (int64_t(kept.size()) == limit || ranked.size() == items.size()) return kept;
+  }
 }
 
 bool is_double(const Tensor& boxes, const Tensor& scores) {
@@ -122,11 +148,9 @@ template <class T>
 Tensor nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const int64_t* ids, Criterion criterion) {
   const ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor boxes = as_contiguous(boxes_any, dtype), scores = as_contiguous(scores_any, dtype);
-  const Candidates<T> candidates{data<T>(boxes), data<T>(scores), boxes.size(0),
-                                 -std::numeric_limits<double>::infinity()};
-  const std::vector<int32_t> rows = ranked_rows(candidates);
-  const std::vector<int32_t> kept = ids ? suppress_by_class(candidates.boxes, ids, rows, criterion)
-                                        : suppress(candidates.boxes, rows, criterion, boxes.size(0));
+  const int64_t n = boxes.size(0);
+  const Image<T> image{data<T>(boxes), data<T>(scores), ids, n, 1};
+  const std::vector<int32_t> kept = detect(image, kNoThreshold, criterion, n);
   Tensor out = empty_cpu({int64_t(kept.size())}, ScalarType::Long);
   std::copy(kept.begin(), kept.end(), mutable_data<int64_t>(out));
   return out;
@@ -148,49 +172,32 @@ Tensor batched_nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor& 
                                   : nms_typed<float>(boxes, scores, data<int64_t>(ids), criterion);
 }
 
-// One image of nms_padded: rows kept in each class, merged by score.
-template <class T>
-std::vector<std::pair<int64_t, int32_t>> merge_classes(const T* scores, int64_t n, int64_t limit,
-                                                       const std::vector<int32_t>* per_class, int64_t classes) {
-  std::vector<Keyed<ScoreKey<T>>> items;
-  std::vector<std::pair<int64_t, int32_t>> flat, merged;
-  for (int64_t c = 0; c < classes; ++c)
-    for (int32_t row : per_class[c]) {
-      items.push_back({descending_key(scores[c * n + row]), int32_t(flat.size())});
-      flat.push_back({c, row});
-    }
-  // Rows of one class come by score, not by index; among equal scores of one class they are by index, so stability
-  // gives "lowest class, then lowest index".
-  radix_sort(items);
-  for (size_t i = 0; i < items.size() && int64_t(i) < limit; ++i) merged.push_back(flat[items[i].row]);
-  return merged;
-}
+struct PaddedOutput {
+  int64_t *indices, *labels, *counts;  // [B, limit], [B, limit], [B]
+  int64_t limit;
+};
 
 template <class T>
 void nms_padded_typed(const Tensor& boxes_any, const Tensor& scores_any, const int64_t* ids, Criterion criterion,
-                      double score_threshold, int64_t* indices, int64_t* labels, int64_t* counts, int64_t limit) {
+                      double score_threshold, const PaddedOutput& out) {
   const ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor boxes = as_contiguous(boxes_any, dtype), scores = as_contiguous(scores_any, dtype);
   const int64_t images = boxes.size(0), n = boxes.size(1), classes = scores.dim() == 3 ? scores.size(1) : 1;
-  std::vector<std::vector<int32_t>> kept(images * classes);
-  parallel_for(images * classes, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const T* image_boxes = data<T>(boxes) + p / classes * n * 4;
-      std::vector<int32_t> rows = ranked_rows(Candidates<T>{image_boxes, data<T>(scores) + p * n, n, score_threshold});
-      kept[p] = ids ? suppress_by_class(image_boxes, ids + p * n, rows, criterion)
-                    : suppress(image_boxes, std::move(rows), criterion, limit);
+  // Fewer images than threads run one after another: then their classes run in parallel.
+  const int64_t grain = images >= int64_t(torch::stable::get_num_threads()) ? 1 : images;
+  parallel_for(images, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const Image<T> image{data<T>(boxes) + b * n * 4, data<T>(scores) + b * classes * n, ids ? ids + b * n : nullptr,
+                           n, classes};
+      const std::vector<int32_t> kept = detect(image, score_threshold, criterion, out.limit);
+      for (int64_t k = 0; k < out.limit; ++k) {
+        const bool valid = k < int64_t(kept.size());
+        out.indices[b * out.limit + k] = valid ? image.row_of(kept[k]) : -1;
+        out.labels[b * out.limit + k] = valid ? image.id_of(kept[k]) : -1;
+      }
+      out.counts[b] = int64_t(kept.size());
     }
   });
-  for (int64_t image = 0; image < images; ++image) {
-    const auto merged =
-        merge_classes(data<T>(scores) + image * classes * n, n, limit, kept.data() + image * classes, classes);
-    for (int64_t k = 0; k < limit; ++k) {
-      const bool valid = k < int64_t(merged.size());
-      indices[image * limit + k] = valid ? merged[k].second : -1;
-      labels[image * limit + k] = !valid ? -1 : ids ? ids[image * n + merged[k].second] : merged[k].first;
-    }
-    counts[image] = int64_t(merged.size());
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& scores,
@@ -210,9 +217,10 @@ std::tuple<Tensor, Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Ten
   Tensor indices = empty_cpu({images, max_output}, ScalarType::Long);
   Tensor labels = empty_cpu({images, max_output}, ScalarType::Long);
   Tensor counts = empty_cpu({images}, ScalarType::Long);
+  const PaddedOutput out{mutable_data<int64_t>(indices), mutable_data<int64_t>(labels), mutable_data<int64_t>(counts),
+                         max_output};
   const auto run = is_double(boxes, scores) ? nms_padded_typed<double> : nms_padded_typed<float>;
-  run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr, Criterion{iou_threshold, diou}, score_threshold,
-      mutable_data<int64_t>(indices), mutable_data<int64_t>(labels), mutable_data<int64_t>(counts), max_output);
+  run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr, Criterion{iou_threshold, diou}, score_threshold, out);
   return {indices, labels, counts};
 }
 

@@ -10,15 +10,18 @@
 // query visits the few cells of the few octaves in reach. Cells are hashed; a collision only adds candidates. A cell
 // holds chunks of kLanes boxes in structure-of-arrays form, tested by one short vector sequence.
 //
-// Bytes: 20 per box. Operations: about 15 vector instructions a chunk. Small segments and thresholds under 0.1, where
-// the reach is wide, file everything in one cell: the classic algorithm, vectorised.
+// Bytes: a chunk (5 vectors) for each box kept in the worst case, where no two share a cell. Operations: about 15
+// vector instructions a chunk. Small segments and thresholds under 0.1, where the reach is wide, file everything in one
+// cell: the classic algorithm, vectorised.
 //
 // The IoU is computed as torchvision computes it (same operations, same order, no fused multiply-add), and a division
-// decides; a multiplication with a margin of 1e-5 only rules out candidates. Coordinates of the index are double and its
-// bounds have the same margin, so rounding never hides a box.
+// decides; a multiplication with a margin of 1e-5 only rules out candidates. Coordinates of the index are double and
+// its bounds have the same margin, so rounding never hides a box. Where areas are so small that products lose relative
+// accuracy (subnormal numbers), the bounds would not hold and there is no index.
 #include "nms.h"
 
 #include "../common/simd.h"
+#include "box_blocks.h"
 
 namespace fastcv::FASTCV_ISA {
 namespace {
@@ -26,6 +29,7 @@ namespace {
 constexpr int64_t kIndexFrom = 512;           // kept boxes from which the index pays
 constexpr double kIndexMinThreshold = 0.1;  // below, a query reaches too many cells
 constexpr double kMargin = 1e-5;
+constexpr double kCentreError = 1e-15;  // of a centre computed in double, relative to its distance from the origin
 constexpr int kCellsPerOctave = 0;  // log2 of how often an octave's lower size is divided to give the side of a cell
 
 template <class T>
@@ -35,20 +39,22 @@ struct alignas(64) Chunk {
 };
 
 template <class T>
-struct Box {
-  T x1, y1, x2, y2, area;
-};
+constexpr T kSmallestArea = T(sizeof(T) == 8 ? 1e-290 : 1e-30);  // from here on relative rounding errors are bounded
 
-// The largest T not above x, so that comparing with it decides as comparing with x in double does.
-FASTCV_INLINE double round_down(double x, double) { return x; }
-FASTCV_INLINE float round_down(double x, float) {
-  float f = float(x);
-  if (!(double(f) > x)) return f;
-  int32_t bits;
-  memcpy(&bits, &f, 4);
-  bits += f > 0 ? -1 : 1;
-  memcpy(&f, &bits, 4);
-  return f;
+template <class T>
+FASTCV_INLINE T area_of(const T* p) {
+  return (p[2] - p[0]) * (p[3] - p[1]);
+}
+
+// An area that underflows to zero does no harm: such a box overlaps nothing.
+template <class T>
+bool areas_are_normal(const NmsSegment<T>& s) {
+  bool normal = true;
+  for (int64_t i = 0; i < s.n; ++i) {
+    const T area = area_of(s.boxes + 4 * int64_t(s.order[i]));
+    normal &= !(area > 0 && area < kSmallestArea<T>);
+  }
+  return normal;
 }
 
 // floor(log2(x)) of a positive finite double.
@@ -76,7 +82,8 @@ class KeptBoxes {
         t_low_(T(s.iou_threshold * (1 - kMargin))),
         exact_only_(!(s.iou_threshold >= 0)),
         diou_(s.diou),
-        indexable_(s.n > kIndexFrom && s.iou_threshold >= kIndexMinThreshold && s.iou_threshold <= 1),
+        indexable_(s.n > kIndexFrom && s.iou_threshold >= kIndexMinThreshold && s.iou_threshold <= 1 &&
+                   areas_are_normal(s)),
         reach_(s.iou_threshold * (1 - kMargin)),
         n_(s.n),
         chunks_(static_cast<Chunk<T>*>(scratch)),
@@ -121,8 +128,8 @@ class KeptBoxes {
     if (octave < lowest_) lowest_ = octave;
     if (octave > highest_) highest_ = octave;
     const double per_cell = power_of_two(kCellsPerOctave - octave);
-    add_to(bucket(octave, cell_of(0.5 * (double(b.x1) + b.x2), per_cell), cell_of(0.5 * (double(b.y1) + b.y2), per_cell)),
-           b);
+    const double cx = 0.5 * (double(b.x1) + b.x2), cy = 0.5 * (double(b.y1) + b.y2);
+    add_to(bucket(octave, cell_of(cx, per_cell), cell_of(cy, per_cell)), b);
   }
 
  private:
@@ -141,7 +148,8 @@ class KeptBoxes {
 
   bool suppressed_in_octave(int octave, const Box<T>& b, double cx, double cy, double w, double h) const {
     const double per_cell = power_of_two(kCellsPerOctave - octave), largest = power_of_two(octave + 1);
-    const double rx = radius(w, largest) + 1e-9 * __builtin_fabs(cx), ry = radius(h, largest) + 1e-9 * __builtin_fabs(cy);
+    const double rx = radius(w, largest) + kCentreError * __builtin_fabs(cx);
+    const double ry = radius(h, largest) + kCentreError * __builtin_fabs(cy);
     const int64_t x0 = cell_of(cx - rx, per_cell), x1 = cell_of(cx + rx, per_cell);
     const int64_t y0 = cell_of(cy - ry, per_cell), y1 = cell_of(cy + ry, per_cell);
     for (int64_t y = y0; y <= y1; ++y)
@@ -158,7 +166,8 @@ class KeptBoxes {
   }
 
   uint64_t bucket(int octave, int64_t x, int64_t y) const {
-    uint64_t key = uint64_t(x) * 0x9E3779B97F4A7C15u ^ uint64_t(y) * 0xC2B2AE3D27D4EB4Fu ^ uint64_t(octave) * 0x165667B19E3779F9u;
+    const uint64_t key = uint64_t(x) * 0x9E3779B97F4A7C15u ^ uint64_t(y) * 0xC2B2AE3D27D4EB4Fu ^
+                         uint64_t(octave) * 0x165667B19E3779F9u;
     return (key ^ (key >> 29) ^ (key >> 43)) & mask_;
   }
 
@@ -185,11 +194,12 @@ class KeptBoxes {
       const V x1 = load(chunk.x1), y1 = load(chunk.y1), x2 = load(chunk.x2), y2 = load(chunk.y2);
       const V overlap_x = max(min(x2, bx2) - max(x1, bx1), zero), overlap_y = max(min(y2, by2) - max(y1, by1), zero);
       const V intersection = overlap_x * overlap_y, joint = load(chunk.area) + area - intersection;
-      if (!exact_only_ && !any(intersection > joint * t_low_)) continue;
+      // Not only ">": where the product is subnormal it may be rounded up to the intersection.
+      if (!exact_only_ && !any((intersection >= joint * t_low_) & (intersection > zero))) continue;
       V overlap = intersection / joint;
       if (diou_) {
         const V ex = max(x2, bx2) - min(x1, bx1), ey = max(y2, by2) - min(y1, by1);
-        const V dx = (x1 + x2 - bx1 - bx2) * T(0.5), dy = (y1 + y2 - by1 - by2) * T(0.5);
+        const V dx = ((x1 + x2) - (bx1 + bx2)) * T(0.5), dy = ((y1 + y2) - (by1 + by2)) * T(0.5);
         overlap = overlap - (dx * dx + dy * dy) / (ex * ex + ey * ey);
       }
       if (any(overlap > t_)) return true;
@@ -223,7 +233,7 @@ int64_t nms_segment(const NmsSegment<T>& s, void* scratch) {
   int64_t count = 0;
   for (int64_t i = 0; i < s.n; ++i) {
     const T* p = s.boxes + 4 * int64_t(s.order[i]);
-    const Box<T> b{p[0], p[1], p[2], p[3], (p[2] - p[0]) * (p[3] - p[1])};
+    const Box<T> b{p[0], p[1], p[2], p[3], area_of(p)};
     s.keep[i] = count < s.max_keep && !kept.suppresses(b);
     if (s.keep[i]) {
       kept.add(b);
@@ -233,9 +243,26 @@ int64_t nms_segment(const NmsSegment<T>& s, void* scratch) {
   return count;
 }
 
+template <class T>
+int64_t select_scores(const T* scores, int64_t n, T threshold, bool inclusive, int32_t* rows) {
+  const Vec<T> limit = broadcast(threshold);
+  int64_t count = 0, i = 0;
+  // Detectors emit millions of scores of which a few in a hundred pass.
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const Vec<T> score = load(scores + i);
+    for (uint32_t bits = lane_bits<T>(inclusive ? score >= limit : score > limit); bits; bits &= bits - 1)
+      rows[count++] = int32_t(i + __builtin_ctz(bits));
+  }
+  for (; i < n; ++i)
+    if (inclusive ? scores[i] >= threshold : scores[i] > threshold) rows[count++] = int32_t(i);
+  return count;
+}
+
 template size_t nms_scratch_bytes<float>(int64_t);
 template size_t nms_scratch_bytes<double>(int64_t);
 template int64_t nms_segment<float>(const NmsSegment<float>&, void*);
 template int64_t nms_segment<double>(const NmsSegment<double>&, void*);
+template int64_t select_scores<float>(const float*, int64_t, float, bool, int32_t*);
+template int64_t select_scores<double>(const double*, int64_t, double, bool, int32_t*);
 
 }  // namespace fastcv::FASTCV_ISA

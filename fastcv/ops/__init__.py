@@ -17,8 +17,10 @@ from .boxes import (
     masks_to_boxes,
     remove_small_boxes,
 )
+from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
+from .matrix_nms import matrix_nms
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
@@ -32,11 +34,14 @@ from .regularization import (
 )
 from .roi_align import RoIAlign, roi_align
 from .roi_pool import RoIPool, roi_pool
+from .soft_nms import soft_nms
+from .weighted_boxes_fusion import weighted_boxes_fusion
 
 __all__ = [
     "MLP",
     "Conv2dNormActivation",
     "Conv3dNormActivation",
+    "DeformConv2d",
     "DropBlock2d",
     "DropBlock3d",
     "FeaturePyramidNetwork",
@@ -55,6 +60,7 @@ __all__ = [
     "clip_boxes_to_image",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "deform_conv2d",
     "distance_box_iou",
     "distance_box_iou_loss",
     "drop_block2d",
@@ -62,6 +68,7 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "masks_to_boxes",
+    "matrix_nms",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -69,5 +76,7 @@ __all__ = [
     "roi_align",
     "roi_pool",
     "sigmoid_focal_loss",
+    "soft_nms",
     "stochastic_depth",
+    "weighted_boxes_fusion",
 ]

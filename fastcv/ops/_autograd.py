@@ -7,6 +7,7 @@ gives a zero tangent. So the autograd kernel is our own: one ``autograd.Function
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,26 @@ def _has_tangent(args) -> bool:
     )
 
 
+class _Primals:
+    """The ctx of a jvp rule: what it saved comes without tangents, as the rule has these apart."""
+
+    def __init__(self, ctx):
+        self._ctx = ctx
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
+
+    @property
+    def saved_tensors(self):
+        return tuple(forward_ad.unpack_dual(tensor).primal for tensor in self._ctx.saved_tensors)
+
+
+@contextlib.contextmanager
+def _grad_modes(backward: bool, forward: bool):
+    with torch.set_grad_enabled(backward), forward_ad._set_fwd_grad_enabled(forward):
+        yield
+
+
 def register_autograd(
     name: str, *, setup_context: Callable, backward: Callable, jvp: Callable
 ) -> None:
@@ -35,7 +56,8 @@ def register_autograd(
         setup_context: ``(ctx, inputs, output)``, saves what the two rules need. Use ``ctx.save_for_backward`` and
             ``ctx.save_for_forward``.
         backward: ``(ctx, *grad_outputs)`` -> one gradient (or None) per argument. Made of differentiable operators,
-            so that second derivatives follow.
+            so that second derivatives follow. ``ctx.needs_input_grad`` has one flag for each argument (for a list of
+            tensors a list of flags).
         jvp: ``(ctx, *tangents)`` -> tangent of the output(s); tangents are None for constant arguments.
     """
     op = getattr(torch.ops.fastcv, name).default
@@ -47,31 +69,37 @@ def register_autograd(
             return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     # The base of autograd.Function without its handling of torch.func: inside the dispatcher the transform has peeled
-    # its level off already, as for any built-in operator. Arguments are flattened because autograd does not look for
-    # tensors inside lists.
+    # its level off already, as for any built-in operator. But autograd.Function turns both grad modes off while forward
+    # and jvp run, and the next level, that of an outer transform, needs them as they were. Arguments are flattened
+    # because autograd does not look for tensors inside lists.
     class Derivative(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(state, spec, *leaves):
-            keyset, reverse, forward = state
-            # autograd.Function turns both modes off: right for this level, wrong for the transforms around it.
-            with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):
+        def forward(call, spec, *leaves):
+            keyset, *modes = call
+            with _grad_modes(*modes):
                 result = redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
             return tuple(result) if returns_list else result
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.spec = inputs[1]
+            (_, *ctx.modes), ctx.spec = inputs[:2]
             setup_context(ctx, _pytree.tree_unflatten(inputs[2:], ctx.spec), output)
 
         @staticmethod
         def backward(ctx, *grads):
-            gradients = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
+            needs = ctx.needs_input_grad
+            ctx.needs_input_grad = _pytree.tree_unflatten(needs[2:], ctx.spec)
+            try:
+                gradients = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = needs
             gradients = gradients if isinstance(gradients, tuple) else (gradients,)
             return None, None, *_pytree._broadcast_to_and_flatten(gradients, ctx.spec)
 
         @staticmethod
-        def jvp(ctx, state, spec, *tangents):
-            result = jvp(ctx, *_pytree.tree_unflatten(tangents, ctx.spec))
+        def jvp(ctx, call, spec, *tangents):
+            with _grad_modes(*ctx.modes):
+                result = jvp(_Primals(ctx), *_pytree.tree_unflatten(tangents, ctx.spec))
             return tuple(result) if returns_list else result
 
     Derivative.__name__ = Derivative.__qualname__ = f"fastcv_{name}"
@@ -80,12 +108,12 @@ def register_autograd(
         # Grad mode off and no dual level: the usual case in inference, kept to two cheap tests.
         if (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or _has_tangent(args):
             leaves, spec = _pytree.tree_flatten((*args, *defaults[len(args) :]))
-            state = keyset, torch.is_grad_enabled(), forward_ad._is_fwd_grad_enabled()
+            call = keyset, torch.is_grad_enabled(), _C._is_fwd_grad_enabled()
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
-                    result = Derivative.apply(state, spec, *leaves)
+                    result = Derivative.apply(call, spec, *leaves)
             else:
-                result = Derivative.apply(state, spec, *leaves)
+                result = Derivative.apply(call, spec, *leaves)
             return list(result) if returns_list else result
         return redispatch(keyset, args)
 

@@ -63,3 +63,20 @@ def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int = 1) 
             f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}"
         )
     return tuple(both)
+
+
+def class_ids(idxs: Tensor, shape: tuple[int, ...], boxes: Tensor) -> Tensor:
+    """``idxs``, checked, with an integer type; floating ids become integers that are equal where they are."""
+    check_tensor("idxs", idxs)
+    check_shape("idxs", idxs, shape)
+    check_same_device("idxs", idxs, "boxes", boxes)
+    if idxs.is_complex():
+        raise TypeError(f"idxs: expected an integer or floating type, got {idxs.dtype}")
+    # Equal numbers have equal bit patterns once -0 is made 0.
+    return (idxs.double() + 0.0).view(torch.int64) if idxs.is_floating_point() else idxs
+
+
+def check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        wanted = " or ".join(f'"{a}"' for a in allowed)
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")

@@ -5,8 +5,8 @@ Defined on every path alike:
 * scores are compared from high to low; equal scores go to the lowest index;
 * a box is suppressed when its IoU with a better, kept box is **greater than** the threshold;
 * a box or score with NaN is never kept and never suppresses another;
-* boxes of no area, inverted boxes and boxes with an infinite coordinate or area overlap nothing (their IoU is 0 or NaN):
-  they are kept and suppress nothing;
+* boxes of no area, inverted boxes and boxes with an infinite coordinate or area overlap nothing (their IoU is 0 or
+  NaN): they are kept and suppress nothing;
 * float16 and bfloat16 boxes are compared in float32, and boxes and scores may differ in type.
 """
 
@@ -24,8 +24,8 @@ from ._checks import (
     check_floating,
     check_same_device,
     check_shape,
-    check_tensor,
     check_threshold,
+    class_ids,
 )
 
 IoUType = Literal["iou", "diou"]
@@ -115,18 +115,8 @@ def batched_nms(
     """
     check_boxes_and_scores(boxes, scores)
     check_threshold("iou_threshold", iou_threshold)
-    idxs = _class_ids(idxs, (boxes.shape[0],), boxes)
+    idxs = class_ids(idxs, (boxes.shape[0],), boxes)
     return torch.ops.fastcv.batched_nms(boxes, scores, idxs, iou_threshold, _is_diou(iou_type))
-
-
-def _class_ids(idxs: Tensor, shape: tuple[int, ...], boxes: Tensor) -> Tensor:
-    check_tensor("idxs", idxs)
-    check_shape("idxs", idxs, shape)
-    check_same_device("idxs", idxs, "boxes", boxes)
-    if idxs.is_complex():
-        raise TypeError(f"idxs: expected an integer or floating type, got {idxs.dtype}")
-    # Equal numbers have equal bit patterns once -0 is made 0.
-    return (idxs.double() + 0.0).view(torch.int64) if idxs.is_floating_point() else idxs
 
 
 class PaddedDetections(NamedTuple):
@@ -160,12 +150,13 @@ def nms_padded(
         iou_threshold: boxes with IoU greater than this to a kept box of their class are dropped.
         max_output: detections kept per image, over all classes.
         idxs: with scores ``[B, N]``: class ids ``[B, N]``, any integer type.
-        score_threshold: only scores greater than this take part; None admits all.
+        score_threshold: only scores greater than this (rounded to float32 where scores are not float64, as in
+            ``scores > score_threshold``) take part; None admits all.
         iou_type: ``"iou"`` or ``"diou"``, as in :func:`nms`.
 
     Returns:
-        :class:`PaddedDetections`: ``indices`` and ``labels`` int64 ``[B, max_output]`` by decreasing score (ties: lowest
-        class, then lowest index; with ``idxs`` lowest index), padded with -1, and ``counts`` int64 ``[B]``.
+        :class:`PaddedDetections`: ``indices`` and ``labels`` int64 ``[B, max_output]`` by decreasing score (ties:
+        lowest class, then lowest index; with ``idxs`` lowest index), padded with -1, and ``counts`` int64 ``[B]``.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
@@ -192,7 +183,8 @@ def nms_padded(
         if idxs.is_floating_point() or idxs.is_complex():
             raise TypeError(f"idxs: expected an integer type, got {idxs.dtype}")
         check_same_device("idxs", idxs, "boxes", boxes)
-    threshold = float("-inf") if score_threshold is None else float(score_threshold)
+    threshold = float("-inf") if score_threshold is None else score_threshold
+    check_threshold("score_threshold", threshold)
     return PaddedDetections(
         *torch.ops.fastcv.nms_padded(
             boxes, scores, idxs, iou_threshold, max_output, threshold, _is_diou(iou_type)

@@ -1,6 +1,10 @@
 """Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
 
+from . import matrix_nms as matrix_nms
+from . import deform_conv2d as deform_conv2d
 from . import nms as nms
 from . import null as null
 from . import roi_align as roi_align
 from . import roi_pool as roi_pool
+from . import soft_nms as soft_nms
+from . import weighted_boxes_fusion as weighted_boxes_fusion

@@ -18,7 +18,7 @@ def _overlap(box: Tensor, others: Tensor, diou: bool) -> Tensor:
     if diou:
         ex = torch.maximum(x2, bx2) - torch.minimum(x1, bx1)
         ey = torch.maximum(y2, by2) - torch.minimum(y1, by1)
-        dx, dy = (x1 + x2 - bx1 - bx2) * 0.5, (y1 + y2 - by1 - by2) * 0.5
+        dx, dy = ((x1 + x2) - (bx1 + bx2)) * 0.5, ((y1 + y2) - (by1 + by2)) * 0.5
         overlap = overlap - (dx * dx + dy * dy) / (ex * ex + ey * ey)
     return overlap
 
