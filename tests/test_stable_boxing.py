@@ -21,6 +21,7 @@ BINS = (0.5, 2, 3)  # spatial_scale, pooled_height, pooled_width
 SHAPE = (5, 24, 11, 13)
 GRAD = torch.randn(3, 24, 2, 3)
 
+ARGMAX = fastcv.reference.roi_pool.roi_pool(FEATURE, ROIS, *BINS)[1]
 LEVELS = [FEATURE, torch.randn(5, 24, 6, 7)]
 DEFORMED = (
     torch.randn(1, 56, 9, 11),  # input
@@ -52,6 +53,8 @@ CALLS = {
         (BOXES, SCORES, CLASSES, [3, 1], [0.5, 2.0], 0.4, 0.36, "avg", False),
         (BOXES, SCORES, CLASSES, [2, 2], [3.0, 2.0], 0.3, 0.1, "max", True),
     ],
+    "roi_pool": [(FEATURE, ROIS, *BINS)],
+    "roi_pool_backward": [(GRAD, ROIS, ARGMAX, *BINS, *SHAPE)],
     "multiscale_roi_align": [(LEVELS, ROIS, [0.5, 0.25], 2, 3, 4, True, 9, 1)],
     "multiscale_roi_align_backward": [(GRAD, ROIS, [0.5, 0.25], 2, 3, 5, 24, [11, 6], [13, 7], 4, True, 9, 1)],
     "deform_conv2d": [(*DEFORMED, *CONVOLUTION, True), (*DEFORMED, *CONVOLUTION, False)],
