@@ -6,28 +6,13 @@
 #include "roi_align.h"
 
 #include "../common/channel_block.h"
+#include "sum_taps.h"
 
 namespace fastcv::FASTCV_ISA {
 namespace {
 
 template <class T>
 using Acc = accumulate_t<T>;
-
-// One bin, NV vectors of channels from `features` (pixel strides in elements), into registers and out.
-template <int NV, class T>
-FASTCV_INLINE void sum_bin(const T* features, int64_t stride_y, int64_t stride_x, const Tap<Acc<T>>* y,
-                           const Tap<Acc<T>>* y_end, const Tap<Acc<T>>* x, const Tap<Acc<T>>* x_end,
-                           Vec<Acc<T>> (&sum)[NV]) {
-  for (int v = 0; v < NV; ++v) sum[v] = Vec<Acc<T>>{};
-  for (; y < y_end; ++y) {
-    const T* row = features + y->index * stride_y;
-    for (const Tap<Acc<T>>* tap = x; tap < x_end; ++tap) {
-      const Vec<Acc<T>> weight = broadcast(y->weight * tap->weight);
-      const T* pixel = row + tap->index * stride_x;
-      for (int v = 0; v < NV; ++v) sum[v] = fma(load(pixel + v * kLanes<Acc<T>>), weight, sum[v]);
-    }
-  }
-}
 
 template <int NV, class T>
 FASTCV_INLINE int64_t bin_vectors(const T* features, const FeatureMap<const T>& map, const Tap<Acc<T>>* y,
@@ -36,7 +21,7 @@ FASTCV_INLINE int64_t bin_vectors(const T* features, const FeatureMap<const T>& 
   constexpr int64_t step = NV * kLanes<Acc<T>>;
   for (; c + step <= map.channels; c += step) {
     Vec<Acc<T>> sum[NV];
-    sum_bin<NV>(features + c, map.stride_y, map.stride_x, y, y_end, x, x_end, sum);
+    sum_taps<NV>(features + c, map.stride_y, map.stride_x, y, y_end, x, x_end, sum);
     for (int v = 0; v < NV; ++v) store(out + c + v * kLanes<Acc<T>>, sum[v]);
   }
   return c;
@@ -65,7 +50,7 @@ void pool_block(const RoiAlignForward<T>& task, const RoiTaps<Acc<T>>& roi, cons
   for (int64_t ph = 0; ph < task.pooled_height; ++ph)
     for (int64_t pw = 0; pw < task.pooled_width; ++pw, out += L) {
       Vec<Acc<T>> sum[1];
-      sum_bin<1>(features, stride_y, L, taps + y[ph], taps + y[ph + 1], taps + x[pw], taps + x[pw + 1], sum);
+      sum_taps<1>(features, stride_y, L, taps + y[ph], taps + y[ph + 1], taps + x[pw], taps + x[pw + 1], sum);
       store(out, sum[0]);
     }
   unpack(tile, task.pooled_height * task.pooled_width, channels,

@@ -16,9 +16,9 @@ struct RoiLevel {
 
 struct RoiGeometry {
   std::vector<RoiLevel> levels;
-  int64_t images, pooled_height, pooled_width, sampling_ratio;
-  double offset;               // subtracted from scaled coordinates: half a pixel where aligned
-  bool at_least_one_pixel;     // regions under a pixel are widened to one
+  int64_t images, pooled_height, pooled_width, sampling_ratio = 0;
+  double offset = 0;                // subtracted from scaled coordinates: half a pixel where aligned
+  bool at_least_one_pixel = false;  // regions under a pixel are widened to one
   int64_t canonical_scale = 0, canonical_level = 0;  // with several levels (Lin et al., FPN, CVPR 2017, equation 1)
 };
 
@@ -60,8 +60,8 @@ uint64_t place_key(const C* roi, double scale) {
   return cell(roi[2], roi[4]) << 12 | cell(roi[1], roi[3]);
 }
 
-template <class W, class C>
-RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g) {
+template <class W, class C, class MakeAxis>
+RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g, const MakeAxis& make_axis) {
   RoiPlan<W> plan;
   std::vector<Keyed<uint64_t>> order(count);
   std::vector<int32_t> level_of(count);
@@ -79,7 +79,7 @@ RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g) {
   radix_sort(order);
 
   const auto axis = [&](const C* roi, int from, double scale, int64_t bins) {
-    return RoiAxis<C>(roi[from], roi[from + 2], C(scale), C(g.offset), g.at_least_one_pixel, bins, g.sampling_ratio);
+    return make_axis(roi[from], roi[from + 2], C(scale), bins);
   };
   std::vector<int64_t> start(count + 1, 0);
   for (int64_t i = 0; i < count; ++i) {
@@ -117,18 +117,25 @@ RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g) {
 }
 
 // Coordinates are double where the regions or the features are, float otherwise: half types are too coarse for pixels.
-template <class W>
-RoiPlan<W> plan_rois(const Tensor& boxes, const RoiGeometry& g) {
+// make_axis(low, high, scale, bins) gives one axis of a region, of which append_taps() makes taps.
+template <class W, class MakeAxis>
+RoiPlan<W> plan_rois(const Tensor& boxes, const RoiGeometry& g, const MakeAxis& make_axis) {
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, "boxes: expected shape [K, 5]");
   STD_TORCH_CHECK(g.pooled_height > 0 && g.pooled_width > 0, "output_size: expected at least 1 x 1, got ",
                   g.pooled_height, " x ", g.pooled_width);
   STD_TORCH_CHECK(g.sampling_ratio <= 1 << 30, "sampling_ratio: expected at most 2^30, got ", g.sampling_ratio);
   if (std::is_same_v<W, double> || boxes.scalar_type() == ScalarType::Double) {
     const Tensor rois = as_contiguous(boxes, ScalarType::Double);
-    return plan_rois_typed<W>(data<double>(rois), rois.size(0), g);
+    return plan_rois_typed<W>(data<double>(rois), rois.size(0), g, make_axis);
   }
   const Tensor rois = as_contiguous(boxes, ScalarType::Float);
-  return plan_rois_typed<W>(data<float>(rois), rois.size(0), g);
+  return plan_rois_typed<W>(data<float>(rois), rois.size(0), g, make_axis);
+}
+template <class W>
+RoiPlan<W> plan_rois(const Tensor& boxes, const RoiGeometry& g) {
+  return plan_rois<W>(boxes, g, [&]<class C>(C low, C high, C scale, int64_t bins) {
+    return RoiAxis<C>(low, high, scale, C(g.offset), g.at_least_one_pixel, bins, g.sampling_ratio);
+  });
 }
 
 }  // namespace fastcv

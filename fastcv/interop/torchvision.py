@@ -8,6 +8,9 @@ What differs, always towards what the documentation of torchvision leads one to 
   coordinates lose precision;
 * ``nms`` never keeps a box with NaN in its coordinates or score, gives ties to the lowest index,
   and accepts float16 and bfloat16 on the CPU;
+* ``ps_roi_align`` gives 0, not NaN, for a region without samples;
+* the gradient of ``ps_roi_pool`` is that of its output: torchvision's spreads over the map's last row
+  and column too, which its forward pass leaves out;
 * the RoI operators and ``deform_conv2d`` accept bfloat16, and features and boxes of different
   types;
 * under ``torch.autocast`` on the CPU no operator fails and none copies its input to float32;
@@ -38,6 +41,8 @@ OPERATORS = {
     "nms": False,
     "roi_align": True,
     "roi_pool": True,
+    "ps_roi_align": True,
+    "ps_roi_pool": True,
     "deform_conv2d": True,
 }
 # Where torchvision's autocast rule on the CPU copies to float32 and back.
@@ -48,6 +53,13 @@ def _contiguous(result):
     if isinstance(result, Tensor):
         return result.contiguous()
     return tuple(r.contiguous() for r in result)
+
+
+def _channel_mapping(result: Tensor) -> Tensor:
+    """The input channel that each bin of a position-sensitive output ``[K, C, PH, PW]`` pools, int32."""
+    size = result.shape[1:]
+    channels = torch.arange(size.numel(), dtype=torch.int32, device=result.device)
+    return channels.view(size).repeat(result.shape[0], 1, 1, 1)
 
 
 def _redirect(name: str):
@@ -61,6 +73,11 @@ def _redirect(name: str):
 
         def kernel(*args):
             return operator(*args)
+    elif name.startswith("ps_roi"):
+
+        def kernel(input, boxes, spatial_scale, pooled_height, pooled_width, *rest):
+            result = operator(input, boxes, spatial_scale, pooled_height, pooled_width, *rest)
+            return result.contiguous(), _channel_mapping(result)
     else:
 
         def kernel(*args):

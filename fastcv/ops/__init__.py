@@ -24,6 +24,8 @@ from .matrix_nms import matrix_nms
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
+from .ps_roi_align import PSRoIAlign, ps_roi_align
+from .ps_roi_pool import PSRoIPool, ps_roi_pool
 from .regularization import (
     DropBlock2d,
     DropBlock3d,
@@ -47,6 +49,8 @@ __all__ = [
     "FeaturePyramidNetwork",
     "FrozenBatchNorm2d",
     "MultiScaleRoIAlign",
+    "PSRoIAlign",
+    "PSRoIPool",
     "PaddedDetections",
     "Permute",
     "RoIAlign",
@@ -72,6 +76,8 @@ __all__ = [
     "multiscale_roi_align",
     "nms",
     "nms_padded",
+    "ps_roi_align",
+    "ps_roi_pool",
     "remove_small_boxes",
     "roi_align",
     "roi_pool",

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from .._library import LIBRARY, define
-from ._autograd import register_autograd
+from .._library import define
 from ._checks import pair
-from ._rois import Boxes, as_rois, check_input, check_rois, fake_pooled, fold_images, fold_rois, front
+from ._rois import Boxes, as_rois, check_input, check_rois, register_linear_pooling
 
 define(
     "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
@@ -102,97 +101,4 @@ class RoIAlign(nn.Module):
         )
 
 
-# ---- fake kernels --------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("fastcv::roi_align", lib=LIBRARY)
-def _(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    return fake_pooled(input, boxes, input.shape[1], pooled_height, pooled_width)
-
-
-@torch.library.register_fake("fastcv::roi_align_backward", lib=LIBRARY)
-def _(
-    grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
-    sampling_ratio, aligned,
-):  # fmt: skip
-    memory_format = torch._prims_common.suggest_memory_format(grad)
-    shape = (batch_size, channels, height, width)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-
-
-# ---- derivatives: the operator is linear in its input, so each is the other's ------------------------
-
-
-def _setup_forward(ctx, inputs, output):
-    input, boxes, *ctx.constants = inputs
-    ctx.save_for_backward(boxes)
-    ctx.save_for_forward(boxes)
-    ctx.shape = input.shape
-
-
-def _backward_of_forward(ctx, grad):
-    (boxes,) = ctx.saved_tensors
-    *bins, sampling_ratio, aligned = ctx.constants
-    gradient = torch.ops.fastcv.roi_align_backward(grad, boxes, *bins, *ctx.shape, sampling_ratio, aligned)
-    return gradient, None, None, None, None, None, None
-
-
-def _jvp_of_forward(ctx, tangent, *_):
-    (boxes,) = ctx.saved_tensors
-    return None if tangent is None else torch.ops.fastcv.roi_align(tangent, boxes, *ctx.constants)
-
-
-def _setup_backward(ctx, inputs, output):
-    _, boxes, *ctx.constants = inputs
-    ctx.save_for_backward(boxes)
-    ctx.save_for_forward(boxes)
-
-
-def _backward_of_backward(ctx, grad):
-    (boxes,) = ctx.saved_tensors
-    *bins, _, _, _, _, sampling_ratio, aligned = ctx.constants
-    gradient = torch.ops.fastcv.roi_align(grad, boxes, *bins, sampling_ratio, aligned)
-    return gradient, *[None] * 10
-
-
-def _jvp_of_backward(ctx, tangent, *_):
-    (boxes,) = ctx.saved_tensors
-    return None if tangent is None else torch.ops.fastcv.roi_align_backward(tangent, boxes, *ctx.constants)
-
-
-register_autograd("roi_align", setup_context=_setup_forward, backward=_backward_of_forward, jvp=_jvp_of_forward)
-register_autograd(
-    "roi_align_backward",
-    setup_context=_setup_backward,
-    backward=_backward_of_backward,
-    jvp=_jvp_of_backward,
-)
-
-
-# ---- vmap: the mapped dimension joins the images ---------------------------------------------------
-
-
-def _roi_align_vmap(info, in_dims, input, boxes, *constants):
-    size = info.batch_size
-    images = front(input, in_dims[0], size).shape[1]
-    pooled = torch.ops.fastcv.roi_align(
-        fold_images(input, in_dims[0], size),
-        fold_rois(boxes, in_dims[1], size, images),
-        *constants,
-    )
-    return pooled.unflatten(0, (size, -1)), 0
-
-
-def _roi_align_backward_vmap(info, in_dims, grad, boxes, *constants):
-    size = info.batch_size
-    scale, height, width, images, *rest = constants
-    gradient = torch.ops.fastcv.roi_align_backward(
-        front(grad, in_dims[0], size).flatten(0, 1),
-        fold_rois(boxes, in_dims[1], size, images),
-        scale, height, width, images * size, *rest,
-    )  # fmt: skip
-    return gradient.unflatten(0, (size, images)), 0
-
-
-torch.library.register_vmap("fastcv::roi_align", _roi_align_vmap, lib=LIBRARY)
-torch.library.register_vmap("fastcv::roi_align_backward", _roi_align_backward_vmap, lib=LIBRARY)
+register_linear_pooling("roi_align", channels=lambda input, pooled_height, pooled_width: input.shape[1])

@@ -4,6 +4,8 @@ from . import deform_conv2d as deform_conv2d
 from . import matrix_nms as matrix_nms
 from . import nms as nms
 from . import null as null
+from . import ps_roi_align as ps_roi_align
+from . import ps_roi_pool as ps_roi_pool
 from . import roi_align as roi_align
 from . import roi_pool as roi_pool
 from . import soft_nms as soft_nms
