@@ -58,23 +58,6 @@ inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
-// An uninitialised CPU tensor. Large ones ask for huge pages: first touching 50 MB in pages of 4 KB takes longer than the
-// kernel that writes it.
-inline Tensor empty_cpu(std::initializer_list<int64_t> size, ScalarType dtype,
-                        MemoryFormat format = MemoryFormat::Contiguous) {
-  std::vector<int64_t> sizes(size);
-  Tensor tensor = torch::stable::empty(sizes, dtype, std::nullopt,
-                                       torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
-#if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t end = begin + uintptr_t(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + huge - 1) / huge * huge;
-  if (end > first + huge) madvise(reinterpret_cast<void*>(first), (end - first) / huge * huge, MADV_HUGEPAGE);
-#endif
-  return tensor;
-}
-
 // Whether a 4-D tensor lies in memory as channels-last: torch's own rule (suggest_memory_format), ambiguities included.
 inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 4 || tensor.stride(1) == 0) return false;
@@ -105,6 +88,31 @@ FeatureMap<T> feature_map(const Tensor& t) {
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n > 0) torch::stable::parallel_for(0, n, grain, f);
+}
+
+// An uninitialised CPU tensor. Large ones ask for huge pages: first touching 50 MB in pages of 4 KB takes longer than the
+// kernel that writes it. Each page is touched here by one thread: threads that later write to the same one at the same time
+// would both clear it first, and one of them for nothing.
+inline Tensor empty_cpu(std::initializer_list<int64_t> size, ScalarType dtype,
+                        MemoryFormat format = MemoryFormat::Contiguous) {
+  std::vector<int64_t> sizes(size);
+  Tensor tensor = torch::stable::empty(sizes, dtype, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t end = begin + uintptr_t(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + huge - 1) / huge * huge;
+  if (end > first + huge) {
+    const int64_t pages = int64_t((end - first) / huge);
+    madvise(reinterpret_cast<void*>(first), size_t(pages) * huge, MADV_HUGEPAGE);
+    parallel_for(pages, 2, [&](int64_t from, int64_t to) {
+      for (int64_t page = from; page < to; ++page)
+        *reinterpret_cast<volatile char*>(first + uintptr_t(page) * huge) = 0;
+    });
+  }
+#endif
+  return tensor;
 }
 
 // The same for items of uneven cost: threads take the next `grain` items as they get free.

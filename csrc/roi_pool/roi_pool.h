@@ -48,9 +48,9 @@ struct RoiPoolForward {
 };
 template <class T>
 struct RoiPoolBackward {
-  FeatureMap<T> map;  // the gradient to be written
+  FeatureMap<T> map;  // the gradient to be written, contiguous or channels-last
   const PoolRegion* regions;
-  int64_t bins;
+  int64_t pooled_height, pooled_width;
   const T* grad;  // [K, C, PH, PW]
   int64_t grad_stride_roi, grad_stride_c, grad_stride_bin;
   const int32_t* argmax;
@@ -66,7 +66,12 @@ FASTCV_EACH_ISA(
     // scratch: (rows * width + 2 * bins) * block channels.
     template <class T> void roi_pool_packed(const RoiPoolForward<T>& task, int64_t begin, int64_t end, int64_t channel,
                                             int64_t first_row, int64_t end_row, accumulate_t<T>* scratch);
-    // Writes the gradient of one block of channels of one image. False where argmax holds a position outside the map.
-    template <class T> bool roi_pool_backward_block(const RoiPoolBackward<T>& task, int64_t image, int64_t begin,
-                                                    int64_t end, int64_t channel, accumulate_t<T>* scratch);
+    // Write the gradient of one image from its regions begin <= i < end: planes first <= c < last of a contiguous one, or
+    // rows of a channels-last one. Scratch, for types that are too coarse to add in: as many elements as are written.
+    // False where argmax holds a position outside its bin's rows.
+    template <class T> bool roi_pool_backward_planes(const RoiPoolBackward<T>& task, int64_t image, int64_t begin,
+                                                     int64_t end, int64_t first, int64_t last, accumulate_t<T>* scratch);
+    template <class T> bool roi_pool_backward_rows(const RoiPoolBackward<T>& task, int64_t image, int64_t begin,
+                                                   int64_t end, int64_t first_row, int64_t end_row,
+                                                   accumulate_t<T>* scratch);
     template <class T> int roi_pool_block_channels();)

@@ -121,6 +121,68 @@ std::tuple<Tensor, Tensor> roi_pool_cpu(const Tensor& input, const Tensor& boxes
   return {output, argmax};
 }
 
+// Bounds of bands of rows with about the same work in each: bins that are added and pixels that are cleared.
+template <class T>
+std::vector<int64_t> balanced_rows(const RoiPoolBackward<T>& task, int64_t first, int64_t last, int64_t bands) {
+  constexpr int64_t pixels_as_a_bin = 16;
+  std::vector<int64_t> work(task.map.height, 1 + task.map.width / pixels_as_a_bin);
+  for (int64_t i = first; i < last; ++i)
+    for (int64_t p = 0; p < task.pooled_height; ++p) {
+      const PixelRange rows = task.regions[i].rows[p];
+      if (rows.begin < rows.end) work[(rows.begin + rows.end) / 2] += task.pooled_width;
+    }
+  int64_t total = 0, sum = 0;
+  for (int64_t w : work) total += w;
+  std::vector<int64_t> bounds{0};
+  for (int64_t y = 0; y < task.map.height; ++y) {
+    sum += work[y];
+    while (int64_t(bounds.size()) < bands && sum * bands >= total * int64_t(bounds.size())) bounds.push_back(y + 1);
+  }
+  bounds.resize(bands, task.map.height);
+  bounds.push_back(task.map.height);
+  return bounds;
+}
+
+constexpr int64_t kPlaneBytes = 1 << 19;    // planes that are added to at once: half of a second-level cache
+constexpr int64_t kScratchBytes = 1 << 22;  // of a band in a type that is too coarse to add in
+
+// A task owns planes or rows of one image and adds its regions in order: no two threads meet.
+template <class T>
+bool backward(const RoiPoolBackward<T>& task, const PoolPlan& plan) {
+  using A = accumulate_t<T>;
+  const FeatureMap<T>& map = task.map;
+  const bool channels_last = map.stride_c == 1, in_place = std::is_same_v<T, A>;
+  const int64_t plane_bytes = map.height * map.width * int64_t(sizeof(A)), image_bytes = plane_bytes * map.channels;
+  int64_t parts, most = 0;
+  std::vector<std::vector<int64_t>> bounds(map.images);
+  if (channels_last) {
+    parts = (torch::stable::get_num_threads() + map.images - 1) / map.images;
+    if (!in_place) parts = std::max(parts, image_bytes / kScratchBytes);
+    parts = std::min(parts, map.height);
+    for (int64_t n = 0; n < map.images; ++n)
+      bounds[n] = balanced_rows(task, plan.image_begin[n], plan.image_begin[n + 1], parts);
+  } else {
+    const int64_t planes = std::clamp<int64_t>(kPlaneBytes / plane_bytes, 1, map.channels);
+    parts = (map.channels + planes - 1) / planes;
+    for (int64_t c = 0; c <= parts; ++c) bounds[0].push_back(std::min(c * planes, map.channels));
+    std::fill(bounds.begin() + 1, bounds.end(), bounds[0]);
+  }
+  for (const std::vector<int64_t>& b : bounds)
+    for (int64_t part = 0; part < parts; ++part) most = std::max(most, b[part + 1] - b[part]);
+  const int64_t unit = channels_last ? map.width * map.channels : map.height * map.width;
+  std::atomic<bool> valid{true};
+  parallel_dynamic(map.images * parts, 1, [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch;
+    if (!in_place) scratch = allocate_scratch<A>(most * unit);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n = t / parts, first = bounds[n][t % parts], last = bounds[n][t % parts + 1];
+      const auto kernel = channels_last ? FASTCV_PICK(roi_pool_backward_rows<T>) : FASTCV_PICK(roi_pool_backward_planes<T>);
+      if (!kernel(task, n, plan.image_begin[n], plan.image_begin[n + 1], first, last, scratch.get())) valid = false;
+    }
+  });
+  return valid;
+}
+
 // The kernel walks over bins with one stride.
 Tensor with_one_bin_stride(const Tensor& t) {
   return t.stride(2) == t.stride(3) * t.size(3) ? t : torch::stable::contiguous(t);
@@ -140,25 +202,15 @@ Tensor roi_pool_backward_cpu(const Tensor& grad_any, const Tensor& boxes, const 
   const Tensor grad = with_one_bin_stride(grad_any), argmax = with_one_bin_stride(argmax_any);
   Tensor grad_input = empty_cpu({batch_size, channels, height, width}, grad.scalar_type(), memory_format(grad_any));
   if (grad_input.numel() == 0) return grad_input;
-  std::atomic<bool> valid{true};
+  bool valid = true;
   dispatch_floating(grad.scalar_type(), "grad", [&](auto zero) {
     using T = decltype(zero);
-    using A = accumulate_t<T>;
-    const RoiPoolBackward<T> task{feature_map<T>(grad_input), pool.regions.data(), pooled_height * pooled_width,
-                                  data<T>(grad), grad.stride(0), grad.stride(1), grad.stride(3), data<int32_t>(argmax),
-                                  argmax.stride(0), argmax.stride(1), argmax.stride(3)};
-    const int64_t lanes = FASTCV_PICK(roi_pool_block_channels<T>)(), blocks = (channels + lanes - 1) / lanes;
-    // A task owns a block of channels of one image and adds its regions in order: no two threads meet.
-    parallel_dynamic(batch_size * blocks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch = allocate_scratch<A>(height * width * lanes);
-      for (int64_t t = begin; t < end; ++t)
-        if (!FASTCV_PICK(roi_pool_backward_block<T>)(task, t / blocks, pool.image_begin[t / blocks],
-                                                     pool.image_begin[t / blocks + 1], t % blocks * lanes,
-                                                     scratch.get()))
-          valid = false;
-    });
+    valid = backward(RoiPoolBackward<T>{feature_map<T>(grad_input), pool.regions.data(), pooled_height, pooled_width,
+                                        data<T>(grad), grad.stride(0), grad.stride(1), grad.stride(3),
+                                        data<int32_t>(argmax), argmax.stride(0), argmax.stride(1), argmax.stride(3)},
+                     pool);
   });
-  STD_TORCH_CHECK(valid, "argmax: expected positions from -1 to ", height * width - 1);
+  STD_TORCH_CHECK(valid, "argmax: expected -1 or positions in the rows of their bins");
   return grad_input;
 }
 

@@ -149,39 +149,6 @@ void roi_pool_packed(const RoiPoolForward<T>& task, int64_t begin, int64_t end, 
 }
 
 template <class T>
-bool roi_pool_backward_block(const RoiPoolBackward<T>& task, int64_t image, int64_t begin, int64_t end, int64_t channel,
-                             Acc<T>* scratch) {
-  constexpr int L = kLanes<Acc<T>>;
-  const FeatureMap<T>& map = task.map;
-  const int channels = int(map.channels - channel < L ? map.channels - channel : L);
-  const int64_t pixels = map.height * map.width;
-  bool valid = true;
-  memset(scratch, 0, size_t(pixels * L) * sizeof(Acc<T>));
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = task.regions[i].row;
-    const T* grads = task.grad + row * task.grad_stride_roi + channel * task.grad_stride_c;
-    const int32_t* places = task.argmax + row * task.argmax_stride_roi + channel * task.argmax_stride_c;
-    const auto add = [&](int64_t b, int64_t c) {
-      const int64_t place = places[b * task.argmax_stride_bin + c * task.argmax_stride_c];
-      if (place >= 0 && place < pixels)
-        scratch[place * L + c] += to_accumulate(grads[b * task.grad_stride_bin + c * task.grad_stride_c]);
-      else
-        valid &= place == -1;
-    };
-    // In the order of memory.
-    if (task.argmax_stride_c == 1) {
-      for (int64_t b = 0; b < task.bins; ++b)
-        for (int64_t c = 0; c < channels; ++c) add(b, c);
-    } else {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t b = 0; b < task.bins; ++b) add(b, c);
-    }
-  }
-  unpack_image(scratch, map, image, channel, channels);
-  return valid;
-}
-
-template <class T>
 int roi_pool_block_channels() {
   return kLanes<Acc<T>>;
 }
@@ -189,7 +156,6 @@ int roi_pool_block_channels() {
 #define FASTCV_INSTANTIATE(T)                                                                                          \
   template void roi_pool_channels_last<T>(const RoiPoolForward<T>&, int64_t, int64_t);                                 \
   template void roi_pool_packed<T>(const RoiPoolForward<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, Acc<T>*);    \
-  template bool roi_pool_backward_block<T>(const RoiPoolBackward<T>&, int64_t, int64_t, int64_t, int64_t, Acc<T>*);    \
   template int roi_pool_block_channels<T>();
 FASTCV_INSTANTIATE(float)
 FASTCV_INSTANTIATE(double)

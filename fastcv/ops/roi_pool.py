@@ -105,12 +105,15 @@ def _select(map: Tensor, boxes: Tensor, argmax: Tensor) -> Tensor:
 def _setup_forward(ctx, inputs, output):
     input, boxes, *ctx.constants = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros as gradient of the positions: as many as there are outputs
     ctx.save_for_backward(boxes, output[1])
     ctx.save_for_forward(boxes, output[1])
     ctx.shape = input.shape
 
 
 def _backward_of_forward(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None, None
     gradient = torch.ops.fastcv.roi_pool_backward(grad, *ctx.saved_tensors, *ctx.constants, *ctx.shape)
     return gradient, None, None, None, None
 

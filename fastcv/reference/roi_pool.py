@@ -63,14 +63,21 @@ def roi_pool_backward(
 ) -> Tensor:
     rois = _coordinates(boxes, grad)
     check_batch_index(rois, batch_size)
-    if ((argmax < -1) | (argmax >= height * width)).any():
-        raise RuntimeError(f"argmax: expected positions from -1 to {height * width - 1}")
+    _check_argmax(argmax, rois, spatial_scale, pooled_height, height, width)
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     gradient = torch.zeros(batch_size, channels, height * width, dtype=dtype, device=grad.device)
     image, channel, position = gather_index(rois, argmax)
     values = torch.where(argmax >= 0, grad, 0).to(dtype).flatten(2)
     gradient.index_put_((image, channel, position), values, accumulate=True)
     return as_format_of(gradient.unflatten(2, (height, width)), grad)
+
+
+def _check_argmax(argmax: Tensor, rois: Tensor, spatial_scale: float, bins: int, height: int, width: int) -> None:
+    rows = [_ranges(roi[2], roi[4], spatial_scale, bins, height) for roi in rois]
+    bounds = torch.tensor(rows, dtype=torch.int64, device=argmax.device).view(-1, 1, bins, 1, 2) * width
+    inside = (argmax >= bounds[..., 0]) & (argmax < bounds[..., 1])
+    if not (inside | (argmax == -1) | (bounds[..., 0] >= bounds[..., 1])).all():
+        raise RuntimeError("argmax: expected -1 or positions in the rows of their bins")
 
 
 def gather_index(boxes: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
