@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -125,18 +126,49 @@ void parallel_dynamic(int64_t n, int64_t grain, const F& f) {
   });
 }
 
-// Scratch memory aligned to 64 bytes.
+// Scratch memory aligned to 64 bytes. Each thread keeps the largest block of up to 16 MB that it gave back: memory fresh
+// from the system costs a page fault every 4 KB, more than many a kernel needs to fill it.
+constexpr size_t kScratchKept = size_t(16) << 20;
+
 struct FreeScratch {
-  void operator()(void* p) const { std::free(p); }
+  size_t bytes = 0;
+  void operator()(void* p) const;
 };
+
+struct KeptScratch {
+  void* block = nullptr;
+  size_t bytes = 0;
+  ~KeptScratch() { std::free(block); }
+
+  static KeptScratch& of_this_thread() {
+    thread_local KeptScratch kept;
+    return kept;
+  }
+};
+
+inline void FreeScratch::operator()(void* p) const {
+  KeptScratch& kept = KeptScratch::of_this_thread();
+  if (bytes > kept.bytes && bytes <= kScratchKept) {
+    std::swap(p, kept.block);
+    kept.bytes = bytes;
+  }
+  std::free(p);
+}
+
 template <class T>
 using Scratch = std::unique_ptr<T[], FreeScratch>;
 
 template <class T>
 Scratch<T> allocate_scratch(size_t elements) {
-  void* p = std::aligned_alloc(64, (elements * sizeof(T) + 127) / 64 * 64);
-  STD_TORCH_CHECK(p, "fastcv: cannot allocate ", elements * sizeof(T), " bytes of scratch memory");
-  return Scratch<T>(static_cast<T*>(p));
+  const size_t bytes = (elements * sizeof(T) + 127) / 64 * 64;
+  KeptScratch& kept = KeptScratch::of_this_thread();
+  if (bytes <= kept.bytes) {
+    T* const block = static_cast<T*>(std::exchange(kept.block, nullptr));
+    return Scratch<T>(block, FreeScratch{std::exchange(kept.bytes, 0)});
+  }
+  void* p = std::aligned_alloc(64, bytes);
+  STD_TORCH_CHECK(p, "fastcv: cannot allocate ", bytes, " bytes of scratch memory");
+  return Scratch<T>(static_cast<T*>(p), FreeScratch{bytes});
 }
 
 }  // namespace fastcv
