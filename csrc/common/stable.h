@@ -17,11 +17,8 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "feature_map.h"
+#include "large_blocks.h"
 #include "types.h"
 
 namespace fastcv {
@@ -91,29 +88,34 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n > 0) torch::stable::parallel_for(0, n, grain, f);
 }
 
-// An uninitialised CPU tensor. Large ones ask for huge pages: first touching 50 MB in pages of 4 KB takes longer than the
-// kernel that writes it. Each page is touched here by one thread: threads that later write to the same one at the same time
-// would both clear it first, and one of them for nothing.
+// An uninitialised CPU tensor of four dimensions, or of any number where it is contiguous.
 inline Tensor empty_cpu(std::initializer_list<int64_t> size, ScalarType dtype,
                         MemoryFormat format = MemoryFormat::Contiguous) {
-  std::vector<int64_t> sizes(size);
-  Tensor tensor = torch::stable::empty(sizes, dtype, std::nullopt,
-                                       torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
-#if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t end = begin + uintptr_t(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + huge - 1) / huge * huge;
-  if (end > first + huge) {
-    const int64_t pages = int64_t((end - first) / huge);
-    madvise(reinterpret_cast<void*>(first), size_t(pages) * huge, MADV_HUGEPAGE);
-    parallel_for(pages, 2, [&](int64_t from, int64_t to) {
+  const std::vector<int64_t> sizes(size);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const bool wide = dtype == ScalarType::Double || dtype == ScalarType::Long;
+  const bool narrow = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  int64_t bytes = wide ? 8 : narrow ? 2 : 4;
+  bool overflow = false;
+  for (int64_t n : sizes) overflow |= n < 0 || __builtin_mul_overflow(bytes, n, &bytes);
+  if (overflow || bytes < LargeBlocks::kLeast || !LargeBlocks::instance().keeps())  // torch raises for what cannot be
+    return torch::stable::empty(sizes, dtype, std::nullopt, cpu, std::nullopt, format);
+  const LargeBlocks::Block block = LargeBlocks::instance().take(size_t(bytes));
+  STD_TORCH_CHECK(block.memory, "fastcv: cannot allocate ", bytes, " bytes for the output");
+  if (block.fresh)  // by one thread each: two that meet in a page would both clear it, and one of them for nothing
+    parallel_for(int64_t(block.bytes / LargeBlocks::kPage), 2, [&](int64_t from, int64_t to) {
       for (int64_t page = from; page < to; ++page)
-        *reinterpret_cast<volatile char*>(first + uintptr_t(page) * huge) = 0;
+        *(static_cast<volatile char*>(block.memory) + page * int64_t(LargeBlocks::kPage)) = 0;
     });
+  std::vector<int64_t> strides(sizes.size());
+  if (format == MemoryFormat::ChannelsLast) {
+    strides = {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]};
+  } else {
+    int64_t stride = 1;
+    for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
   }
-#endif
-  return tensor;
+  return torch::stable::from_blob(block.memory, sizes, strides, cpu, dtype,
+                                  [](void* memory) { LargeBlocks::instance().give_back(memory); });
 }
 
 // The same for items of uneven cost: threads take the next `grain` items as they get free.
