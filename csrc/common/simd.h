@@ -193,6 +193,33 @@ FASTCV_INLINE void store_first(float* p, Vec<float> v, int n) {
 }
 #endif
 
+// Copies past the caches, for results larger than them: a plain store would first read each line from memory. `to` is
+// ordered with other threads' reads after stream_end(). Whole, aligned lines only; others are copied as usual.
+FASTCV_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+#if defined(__SSE2__)
+  if (((uintptr_t(to) | uintptr_t(bytes)) & 63) == 0) {
+    for (int64_t at = 0; at < bytes; at += kVectorBytes) {
+      Vec<float> v = load(reinterpret_cast<const float*>(static_cast<const char*>(from) + at));
+      float* line = reinterpret_cast<float*>(static_cast<char*>(to) + at);
+#if defined(__AVX512F__)
+      _mm512_stream_ps(line, (__m512)v);
+#elif defined(__AVX2__)
+      _mm256_stream_ps(line, (__m256)v);
+#else
+      _mm_stream_ps(line, (__m128)v);
+#endif
+    }
+    return;
+  }
+#endif
+  memcpy(to, from, size_t(bytes));
+}
+FASTCV_INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // ---- arithmetic that the vector extension lacks -----------------------------------------------------------------------
 
 // a * b + c: one rounding where the instruction set has FMA, two on the SSE2 baseline.

@@ -120,6 +120,7 @@ struct RoiAlignForward {
   int64_t pooled_height, pooled_width;
   T* output;  // [K, C, PH, PW]
   int64_t stride_roi, stride_c, stride_bin;
+  bool stream;  // the output is contiguous and larger than the caches
 };
 template <class T>
 struct RoiAlignBackward {
@@ -135,11 +136,11 @@ struct RoiAlignBackward {
 FASTCV_EACH_ISA(
     // Regions begin <= i < end on channels-last maps (stride_c == 1 in maps and output).
     template <class T> void roi_align_channels_last(const RoiAlignForward<T>& task, int64_t begin, int64_t end);
-    // Channels of one image in one block of lanes; scratch of block_scratch_elements() holds the packed image and a tile.
+    // Channels of one image in one block of lanes; scratch: (pixels + 2 * bins) * block channels.
     template <class T> void roi_align_packed(const RoiAlignForward<T>& task, int64_t begin, int64_t end, int64_t channel,
                                              accumulate_t<T>* scratch);
     // Region i and one block of channels, packing only the pixels it reads: for few regions. Scratch:
-    // (bins + taps of the region + rows x columns that it reads) * block channels.
+    // (2 * bins + taps of the region + rows x columns that it reads) * block channels.
     template <class T> void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t channel,
                                                accumulate_t<T>* scratch);
     // Writes the gradient of one block of channels of one image: all regions begin <= i < end of that image.

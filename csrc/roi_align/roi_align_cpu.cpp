@@ -23,6 +23,9 @@ void check_levels(const Levels& inputs, const std::vector<double>& scales) {
 // Packing the windows of few regions touches scattered memory; packing the whole map streams.
 constexpr int64_t kWindowPenalty = 2;
 
+// Outputs of this size leave the last-level cache before they are read again.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
 // Pixels that a region reads, as rows x columns, plus its taps.
 template <class W>
 int64_t window_scratch(const RoiTaps<W>& roi, const RoiGeometry& g, int64_t map_width) {
@@ -45,9 +48,10 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
     maps.push_back(feature_map<const T>(input));
     channels_last &= input.stride(1) == 1;
   }
-  const RoiAlignForward<T> task{maps.data(),        plan.rois.data(), g.pooled_height,  g.pooled_width,
-                                mutable_data<T>(output), output.stride(0), output.stride(1), output.stride(3)};
   const int64_t count = boxes.size(0), channels = inputs[0].size(1), bins = g.pooled_height * g.pooled_width;
+  const bool stream = output.stride(1) == bins && output.numel() * int64_t(sizeof(T)) >= kStreamBytes;
+  const RoiAlignForward<T> task{maps.data(),      plan.rois.data(), g.pooled_height,  g.pooled_width, mutable_data<T>(output),
+                                output.stride(0), output.stride(1), output.stride(3), stream};
   if (channels_last) {
     parallel_dynamic(count, 8, [&](int64_t begin, int64_t end) {
       FASTCV_PICK(roi_align_channels_last<T>)(task, begin, end);
@@ -68,14 +72,14 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
     }
     if (window_pixels * kWindowPenalty < pixels) {
       parallel_dynamic((last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
-        const Scratch<A> scratch = allocate_scratch<A>((largest + bins) * lanes);
+        const Scratch<A> scratch = allocate_scratch<A>((largest + 2 * bins) * lanes);
         for (int64_t t = begin; t < end; ++t)
           FASTCV_PICK(roi_align_windowed<T>)(task, first + t / blocks, t % blocks * lanes, scratch.get());
       });
       continue;
     }
     parallel_dynamic(blocks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch = allocate_scratch<A>((pixels + bins) * lanes);
+      const Scratch<A> scratch = allocate_scratch<A>((pixels + 2 * bins) * lanes);
       for (int64_t block = begin; block < end; ++block)
         FASTCV_PICK(roi_align_packed<T>)(task, first, last, block * lanes, scratch.get());
     });

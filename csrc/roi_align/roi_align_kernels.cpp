@@ -53,8 +53,15 @@ void pool_block(const RoiAlignForward<T>& task, const RoiTaps<Acc<T>>& roi, cons
       sum_taps<1>(features, stride_y, L, taps + y[ph], taps + y[ph + 1], taps + x[pw], taps + x[pw + 1], sum);
       store(out, sum[0]);
     }
-  unpack(tile, task.pooled_height * task.pooled_width, channels,
-         task.output + roi.row * task.stride_roi + channel * task.stride_c, task.stride_c, task.stride_bin);
+  const int64_t bins = task.pooled_height * task.pooled_width;
+  T* const target = task.output + roi.row * task.stride_roi + channel * task.stride_c;
+  if (task.stream) {
+    T* const staged = reinterpret_cast<T*>(out);  // behind the tile
+    unpack(tile, bins, channels, staged, bins, 1);
+    stream_copy(target, staged, channels * bins * int64_t(sizeof(T)));
+  } else {
+    unpack(tile, bins, channels, target, task.stride_c, task.stride_bin);
+  }
 }
 
 }  // namespace
@@ -89,6 +96,7 @@ void roi_align_packed(const RoiAlignForward<T>& task, int64_t begin, int64_t end
     const RoiTaps<Acc<T>>& roi = task.rois[i];
     pool_block(task, roi, roi.taps, scratch, map.width * L, channel, channels, scratch + map.height * map.width * L);
   }
+  if (task.stream) stream_end();
 }
 
 template <class T>
@@ -105,8 +113,8 @@ void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t chann
   }
   // Rows are packed one below the other, only those with a tap; taps[] says where each came to lie.
   Acc<T>* const tile = scratch;
-  Tap<Acc<T>>* const local = reinterpret_cast<Tap<Acc<T>>*>(tile + task.pooled_height * task.pooled_width * L);
-  Acc<T>* const window = tile + task.pooled_height * task.pooled_width * L + int64_t(taps) * L;
+  Tap<Acc<T>>* const local = reinterpret_cast<Tap<Acc<T>>*>(tile + 2 * task.pooled_height * task.pooled_width * L);
+  Acc<T>* const window = tile + 2 * task.pooled_height * task.pooled_width * L + int64_t(taps) * L;
   const int64_t width = right - left + 1;
   const T* features = map.data + roi.image * map.stride_n + channel * map.stride_c + left * map.stride_x;
   int32_t rows = 0;
@@ -123,6 +131,7 @@ void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t chann
   }
   for (int32_t b = y_taps; b < taps; ++b) local[b] = {roi.taps[b].index - left, roi.taps[b].weight};
   pool_block(task, roi, local, window, width * L, channel, channels, tile);
+  if (task.stream) stream_end();
 }
 
 template <class T>
