@@ -66,32 +66,45 @@ def save_table(path: Path, results: list[Result], environment: dict) -> None:
         temporary.write_text("\n".join(lines) + "\n")
 
 
+def _rows(results: list[Result]) -> dict[str, list[Result]]:
+    """Results by operator and direction, in the order in which they came."""
+    rows: dict[str, list[Result]] = {}
+    for result in results:
+        direction = ", backward" if result.shape.startswith("backward") else ""
+        rows.setdefault(f"{result.operator}{direction}", []).append(result)
+    return rows
+
+
 def save_chart(path: Path, results: list[Result], environment: dict) -> None:
-    """One bar a case on a logarithmic axis; left of 1, in another colour, fastcv is slower."""
+    """One dot a case on a logarithmic axis, one row an operator; left of 1, in another colour, fastcv is slower."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [f"{result.operator}: {result.shape}" for result in results]
-    ratios = [result.ratio for result in results]
-    figure, axes = plt.subplots(figsize=(11, 1.6 + 0.26 * len(results)), layout="constrained")
-    colours = ["#2a7f9e" if ratio >= 1 else "#c8442c" for ratio in ratios]
-    # A bar starts at 1, so that its length is the gain (or loss) on the logarithmic axis.
-    axes.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours)
-    for row, (ratio, result) in enumerate(zip(ratios, results, strict=True)):
-        text = f" {format_ratio(ratio)}  ({result.baseline})"
-        axes.text(max(ratio, 1), row, text, va="center", fontsize=8)
+    rows = _rows(results)
+    figure, axes = plt.subplots(figsize=(10, 1.5 + 0.3 * len(rows)), layout="constrained")
+    for row, cases in enumerate(rows.values()):
+        ratios = sorted(case.ratio for case in cases)
+        axes.plot([ratios[0], ratios[-1]], [row, row], color="#b8cdd6", linewidth=3, zorder=1)
+        colours = ["#2a7f9e" if ratio >= 1 else "#c8442c" for ratio in ratios]
+        axes.scatter(ratios, [row] * len(ratios), color=colours, s=36, alpha=0.8, zorder=2, edgecolor="white")
+        ends = format_ratio(ratios[0]) + (f" to {format_ratio(ratios[-1])}" if len(ratios) > 1 else "")
+        axes.text(ratios[-1] * 1.15, row, ends, va="center", fontsize=8)
+    baselines = [f"{name}  (against {', '.join({case.baseline: 0 for case in cases})})" for name, cases in rows.items()]
+    axes.set_yticks(range(len(rows)), baselines, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(min(0.5, min(ratios) * 0.8), max(ratios) * 12)
-    axes.set_ylim(len(results) - 0.4, -0.6)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("times as fast as the baseline named at the bar (1 = equal; red = slower)")
+    axes.set_xlim(min(0.7, min(result.ratio for result in results) * 0.8), max(r.ratio for r in results) * 4)
+    axes.set_xticks([1, 10, 100], ["1", "10", "100"])
+    axes.axvline(1, color="black", linewidth=1, zorder=0)
+    axes.grid(axis="x", color="#e4e4e4", zorder=0)
+    axes.set_xlabel("times as fast; a dot is one shape, red left of 1 is slower", fontsize=8)
     axes.set_title(title(environment), fontsize=8, loc="left")
-    figure.suptitle("fastcv on the CPU: speed against the operators it replaces", fontsize=12)
-    for side in ("top", "right"):
+    figure.suptitle("fastcv on the CPU against the operators that it replaces", fontsize=12)
+    for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
