@@ -1,0 +1,64 @@
+// Convolution in float32, what all its kernels share.
+//
+//     output = activation(input * weight + bias + residual)
+//
+// Activations are channels-last: the channels of a pixel lie side by side, pixels at any stride, so that input, residual
+// and output may be slices of wider maps. There is one kernel for each kind of convolution; each lays the weights out in
+// its own way, once (conv2d_*_prepare), and computes any range of its tasks, which do not meet in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/cpu_isa.h"
+
+namespace fastcv {
+
+struct Conv2dShape {
+  int64_t images, channels, height, width;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_outputs() const { return out_channels / groups; }
+};
+
+enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid };
+
+// [N, H, W, C], strides in elements; stride_x >= C, and channels are 1 apart.
+template <class T>
+struct PixelMap {
+  T* data;
+  int64_t stride_n, stride_y, stride_x;
+};
+
+struct Conv2d {
+  Conv2dShape shape;
+  PixelMap<const float> input;
+  const float* weight;  // prepared
+  const float* bias;    // [out_channels], or null
+  PixelMap<const float> residual;  // data null: none
+  PixelMap<float> output;
+  Activation activation;
+  float slope;  // of leaky_relu
+};
+
+}  // namespace fastcv
+
+// Of every kernel: elements of its prepared weights; their preparation from [K, C / groups, KH, KW]; how many tasks a
+// convolution has; floats of scratch that a thread needs; and the tasks begin <= i < end.
+#define FASTCV_CONV2D_KERNEL(name)                                                       \
+  int64_t name##_weights(const Conv2dShape& shape);                                      \
+  void name##_prepare(const Conv2dShape& shape, const float* weight, float* prepared);   \
+  int64_t name##_tasks(const Conv2dShape& shape);                                        \
+  int64_t name##_scratch(const Conv2dShape& shape);                                      \
+  void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch);
+
+FASTCV_EACH_ISA(
+    // Any convolution, as a matrix product without a column buffer; groups of 16 channels and more.
+    FASTCV_CONV2D_KERNEL(conv2d_gemm)
+    // 3x3, stride 1, no dilation, one group: 36 products instead of 144 (Lavin and Gray, CVPR 2016).
+    FASTCV_CONV2D_KERNEL(conv2d_winograd)
+    // One input and one output channel to a group, any kernel.
+    FASTCV_CONV2D_KERNEL(conv2d_depthwise)
+    // Groups of few channels: several groups side by side in a vector.
+    FASTCV_CONV2D_KERNEL(conv2d_grouped))
