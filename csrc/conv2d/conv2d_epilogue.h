@@ -26,19 +26,27 @@ FASTCV_INLINE Vec<float> activate(Vec<float> x, Activation activation, float slo
   return x;
 }
 
-// Adds bias and residual to `sum`, n lanes of output channel c at pixel (image, y, x), and stores it.
+// Adds bias and residual (where not null) to n lanes of `sum`, and stores them.
+FASTCV_INLINE void finish(const Conv2d& conv, Vec<float> sum, const float* bias, const float* residual, float* out, int n) {
+  if (n == kLanes<float>) {
+    if (bias) sum += load(bias);
+    if (residual) sum += load(residual);
+    store(out, activate(sum, conv.activation, conv.slope));
+  } else {
+    if (bias) sum += load_first(bias, n);
+    if (residual) sum += load_first(residual, n);
+    store_first(out, activate(sum, conv.activation, conv.slope), n);
+  }
+}
+
+// The same for output channel c at pixel (image, y, x).
 FASTCV_INLINE void finish(const Conv2d& conv, Vec<float> sum, int64_t image, int64_t y, int64_t x, int64_t c, int n) {
-  constexpr int L = kLanes<float>;
-  const auto at = [&](const float* p) { return n == L ? load(p) : load_first(p, n); };
-  if (conv.bias) sum += at(conv.bias + c);
-  if (conv.residual.data)
-    sum += at(conv.residual.data + image * conv.residual.stride_n + y * conv.residual.stride_y + x * conv.residual.stride_x + c);
-  sum = activate(sum, conv.activation, conv.slope);
-  float* out = conv.output.data + image * conv.output.stride_n + y * conv.output.stride_y + x * conv.output.stride_x + c;
-  if (n == L)
-    store(out, sum);
-  else
-    store_first(out, sum, n);
+  const PixelMap<const float>& residual = conv.residual;
+  const PixelMap<float>& output = conv.output;
+  finish(conv, sum, conv.bias ? conv.bias + c : nullptr,
+         residual.data ? residual.data + image * residual.stride_n + y * residual.stride_y + x * residual.stride_x + c
+                       : nullptr,
+         output.data + image * output.stride_n + y * output.stride_y + x * output.stride_x + c, n);
 }
 
 }  // namespace fastcv::FASTCV_ISA

@@ -17,6 +17,7 @@ from .boxes import (
     masks_to_boxes,
     remove_small_boxes,
 )
+from .conv2d import conv2d
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
@@ -64,6 +65,7 @@ __all__ = [
     "clip_boxes_to_image",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "conv2d",
     "deform_conv2d",
     "distance_box_iou",
     "distance_box_iou_loss",

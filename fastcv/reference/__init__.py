@@ -1,5 +1,6 @@
 """Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
 
+from . import conv2d as conv2d
 from . import deform_conv2d as deform_conv2d
 from . import matrix_nms as matrix_nms
 from . import nms as nms

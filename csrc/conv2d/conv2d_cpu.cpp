@@ -1,0 +1,169 @@
+// Tensor shells of conv2d: checks, memory formats, the choice of kernel, threads.
+#include "conv2d.h"
+
+#include <string>
+
+#include "../common/stable.h"
+
+namespace fastcv {
+namespace {
+
+struct Kernel {
+  int64_t number;  // in fastcv.ops.conv2d.KERNELS
+  const char* name;
+  int64_t (*weights)(const Conv2dShape&);
+  void (*prepare)(const Conv2dShape&, const float*, float*);
+  int64_t (*tasks)(const Conv2dShape&);
+  int64_t (*scratch)(const Conv2dShape&);
+  void (*run)(const Conv2d&, int64_t, int64_t, float*);
+  bool (*serves)(const Conv2dShape&);
+};
+
+#define FASTCV_KERNEL(number, name, serves)                                                                              \
+  Kernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                        \
+         FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
+
+// In the order of preference: the first that serves a shape is chosen.
+const std::vector<Kernel>& kernels() {
+  static const std::vector<Kernel> all{
+      FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
+  };
+  return all;
+}
+
+const Kernel& kernel_for(const std::string& name, const Conv2dShape& shape) {
+  for (const Kernel& kernel : kernels())
+    if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) return kernel;
+  STD_TORCH_CHECK(false, "kernel: \"", name, "\" does not serve this convolution, or does not exist");
+}
+
+Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, const std::vector<int64_t>& stride,
+                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.size() == 4 && weight.dim() == 4, "input, weight: expected shapes [N, C, H, W] and [K, C / groups, KH, KW]");
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "stride, padding, dilation: expected two numbers each");
+  Conv2dShape s{};
+  s.images = input[0], s.channels = input[1], s.height = input[2], s.width = input[3];
+  s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
+  s.stride_h = stride[0], s.stride_w = stride[1], s.pad_h = padding[0], s.pad_w = padding[1];
+  s.dilation_h = dilation[0], s.dilation_w = dilation[1], s.groups = groups;
+  STD_TORCH_CHECK(groups > 0 && s.out_channels > 0 && s.out_channels % groups == 0 && weight.size(1) > 0 &&
+                      s.channels == weight.size(1) * groups && s.kernel_h > 0 && s.kernel_w > 0,
+                  "weight: expected [K, ", s.channels, " / groups, KH, KW] with K a multiple of groups (", groups, ")");
+  STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.pad_h >= 0 && s.pad_w >= 0,
+                  "stride, dilation: expected positive numbers; padding: numbers that are not negative");
+  s.out_height = (s.height + 2 * s.pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
+  s.out_width = (s.width + 2 * s.pad_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+  STD_TORCH_CHECK(s.height + 2 * s.pad_h >= s.dilation_h * (s.kernel_h - 1) + 1 &&
+                      s.width + 2 * s.pad_w >= s.dilation_w * (s.kernel_w - 1) + 1,
+                  "input: ", s.height, " x ", s.width, " with its padding is smaller than the kernel");
+  return s;
+}
+
+template <class T>
+PixelMap<T> pixel_map(const Tensor& t) {
+  T* pointer;
+  if constexpr (std::is_const_v<T>)
+    pointer = data<std::remove_const_t<T>>(t);
+  else
+    pointer = mutable_data<T>(t);
+  return {pointer, t.stride(0), t.stride(2), t.stride(3)};
+}
+
+// Channels side by side: as it is where pixels have any stride, else copied.
+Tensor with_channels_last(const Tensor& t) {
+  const bool fits = (t.stride(1) == 1 || t.size(1) == 1) && t.stride(3) >= t.size(1);
+  return fits ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
+Activation activation_of(const std::string& name) {
+  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid"};
+  for (int i = 0; i < 8; ++i)
+    if (name == names[i]) return Activation(i);
+  STD_TORCH_CHECK(false, "activation: \"", name, "\" is unknown");
+}
+
+void check_float(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32");
+}
+
+Tensor conv2d_prepare_cpu(const Tensor& weight, int64_t groups, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                          const std::string& kernel_name) {
+  check_float(weight, "weight");
+  // An input on which the kernel fits once; no preparation depends on its size.
+  std::vector<int64_t> input{1, weight.size(1) * groups, 0, 0};
+  for (int i = 0; i < 2; ++i) input[2 + i] = std::max<int64_t>(1, dilation.at(i) * (weight.size(2 + i) - 1) + 1);
+  const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
+  const Kernel& kernel = kernel_for(kernel_name, shape);
+  const Tensor contiguous = as_contiguous(weight, ScalarType::Float);
+  Tensor prepared = empty_cpu({kernel.weights(shape)}, ScalarType::Float);
+  kernel.prepare(shape, data<float>(contiguous), mutable_data<float>(prepared));
+  return prepared;
+}
+
+Tensor conv2d_cpu(const Tensor& input_any, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& prepared_or_none, int64_t groups,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, const std::string& activation, double slope,
+                  const std::string& kernel_name) {
+  check_float(input_any, "input"), check_float(weight, "weight");
+  STD_TORCH_CHECK(input_any.dim() == 4, "input: expected shape [N, C, H, W]");
+  const Conv2dShape shape = make_shape({input_any.size(0), input_any.size(1), input_any.size(2), input_any.size(3)}, weight,
+                                       stride, padding, dilation, groups);
+  const Kernel& kernel = kernel_for(kernel_name, shape);
+  const Tensor prepared = prepared_or_none
+                              ? *prepared_or_none
+                              : conv2d_prepare_cpu(weight, groups, stride, padding, dilation, kernel.name);
+  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Float && prepared.is_contiguous() &&
+                      prepared.numel() == kernel.weights(shape),
+                  "prepared: expected what conv2d_prepare gives for the same weight and kernel");
+  Conv2d conv{};
+  conv.shape = shape;
+  conv.weight = data<float>(prepared);
+  conv.activation = activation_of(activation), conv.slope = float(slope);
+  const Tensor input = with_channels_last(input_any);
+  Tensor output = empty_cpu({shape.images, shape.out_channels, shape.out_height, shape.out_width}, ScalarType::Float,
+                            MemoryFormat::ChannelsLast);
+  std::optional<Tensor> bias_kept, residual_kept;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.out_channels, "bias: expected shape [", shape.out_channels, "]");
+    bias_kept = as_contiguous(*bias, ScalarType::Float);
+    conv.bias = data<float>(*bias_kept);
+  }
+  if (residual) {
+    check_float(*residual, "residual");
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == output.size(0) && residual->size(1) == output.size(1) &&
+                        residual->size(2) == output.size(2) && residual->size(3) == output.size(3),
+                    "residual: expected the shape of the output");
+    residual_kept = with_channels_last(*residual);
+    conv.residual = pixel_map<const float>(*residual_kept);
+  }
+  conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
+  if (output.numel() > 0) {
+    const int64_t scratch_size = kernel.scratch(shape);
+    parallel_dynamic(kernel.tasks(shape), 1, [&](int64_t begin, int64_t end) {
+      const Scratch<float> scratch = allocate_scratch<float>(scratch_size);
+      kernel.run(conv, begin, end, scratch.get());
+    });
+  }
+  return is_channels_last(input_any) ? output : torch::stable::contiguous(output);
+}
+
+// Number of the kernel that "auto" stands for, as fastcv.ops.conv2d.KERNELS counts them.
+int64_t conv2d_kernel_cpu(const Tensor& input, const Tensor& weight, int64_t groups, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  STD_TORCH_CHECK(input.dim() == 4, "input: expected shape [N, C, H, W]");
+  const Conv2dShape shape = make_shape({input.size(0), input.size(1), input.size(2), input.size(3)}, weight, stride, padding,
+                                       dilation, groups);
+  return kernel_for("auto", shape).number;
+}
+
+}  // namespace
+}  // namespace fastcv
+
+STABLE_TORCH_LIBRARY_IMPL(fastcv, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&fastcv::conv2d_cpu));
+  m.impl("conv2d_kernel", TORCH_BOX(&fastcv::conv2d_kernel_cpu));
+  m.impl("conv2d_prepare", TORCH_BOX(&fastcv::conv2d_prepare_cpu));
+}

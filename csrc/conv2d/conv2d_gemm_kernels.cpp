@@ -1,0 +1,276 @@
+// Convolution as a matrix product without a column buffer (implicit GEMM).
+//
+// Output pixels are rows, output channels columns, and the depth of the sums runs over kernel elements and input channels
+// of a group: depth = KH * KW * C / groups. A tile of R pixels by NV vectors of channels is summed in registers over the
+// whole depth: for each step NV vectors of weights are loaded and R input values broadcast, for R * NV multiply-adds. On
+// AVX-512 (32 registers) 6 x 4: 24 multiply-adds for 10 loads, so that arithmetic bounds it, at one 512-bit multiply-add a
+// cycle; on AVX2 and SSE (16 registers) 6 x 2.
+//
+// Weights lie in panels of NV vectors of output channels, [panel][depth][NV * L], so that they are read in order.
+// A task is a block of output pixels of one image and group, times some of the panels. Its input is small enough for the
+// second-level cache while it meets panel after panel, and a panel is read from beyond that cache once for each task.
+//
+// 1x1 convolutions read their input where it lies. For others the input of a block is first copied, channels of the group
+// side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW * C
+// numbers (so that a first layer with 3 channels has long runs too), and no loop needs a test for the border.
+#include "conv2d_epilogue.h"
+
+namespace fastcv::FASTCV_ISA {
+namespace {
+
+constexpr int L = kLanes<float>;
+constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
+constexpr int kPanel = kPanelVectors * L;
+constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
+constexpr int64_t kMostPixels = 192, kEnoughTasks = 16;
+
+// Pixels of a tile of NV vectors: as many as registers hold sums.
+constexpr int tile_rows(int vectors) {
+  if (kVectorBytes == 64) return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
+  return vectors == 2 ? 6 : 12;
+}
+
+FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- how a convolution is divided ------------------------------------------------------------------------------------
+
+struct Plan {
+  bool in_place;  // 1x1 without padding: reads the input where it lies
+  bool flat;      // and with stride 1: pixels of an image are one row
+  int64_t block_h, block_w, blocks_y, blocks_x;  // of output pixels
+  int64_t panels, panel_groups, group_panels;
+  int64_t strip_h, strip_w;  // pixels of the copied input
+  int64_t depth;
+};
+
+Plan make_plan(const Conv2dShape& s) {
+  Plan p{};
+  const int64_t channels = s.group_channels();
+  p.depth = s.kernel_h * s.kernel_w * channels;
+  p.in_place = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+  p.flat = p.in_place && s.stride_h == 1 && s.stride_w == 1;
+  const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
+  // Input elements for each output pixel, about.
+  const int64_t reach = channels * (p.in_place ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
+  const int64_t pixels = max_of(12, min_of(kMostPixels, kBlockElements / max_of(1, reach)));
+  p.blocks_x = ceil_div(columns, pixels);
+  p.block_w = ceil_div(columns, p.blocks_x);
+  p.block_h = max_of(1, min_of(rows, pixels / p.block_w));
+  p.blocks_y = ceil_div(rows, p.block_h);
+  p.panels = ceil_div(s.group_outputs(), kPanel);
+  const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
+  p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks, max_of(1, blocks)));
+  p.group_panels = ceil_div(p.panels, p.panel_groups);
+  p.panel_groups = ceil_div(p.panels, p.group_panels);
+  p.strip_h = (p.block_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+  p.strip_w = (p.block_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
+  return p;
+}
+
+// ---- a tile ----------------------------------------------------------------------------------------------------------
+
+struct Tile {
+  const Conv2d* conv;
+  const float* input;      // of the first pixel
+  int64_t step;            // to the next pixel's
+  int64_t runs_y, runs_x;  // runs of the depth: rows of the kernel, or its elements
+  int64_t run_y, run_x;    // from one to the next
+  int64_t run;             // elements of one
+  const float* weight;     // of the panel
+  const float* bias;       // of the panel's first channel, or null
+  const float* residual;   // of the first pixel and channel, or null
+  float* output;
+  int64_t residual_step, output_step;
+  int last;  // lanes of the last vector
+};
+
+template <int R, int NV>
+void run_tile(const Tile& t) {
+  Vec<float> sum[R][NV] = {};
+  const float* weight = t.weight;
+  const float* input_y = t.input;
+  for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
+    const float* input = input_y;
+    for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) {
+      for (int64_t k = 0; k < t.run; ++k, weight += NV * L) {
+        Vec<float> w[NV];
+        for (int v = 0; v < NV; ++v) w[v] = load(weight + v * L);
+        for (int r = 0; r < R; ++r) {
+          const Vec<float> x = broadcast(input[r * t.step + k]);
+          for (int v = 0; v < NV; ++v) sum[r][v] = fma(x, w[v], sum[r][v]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v)
+      finish(*t.conv, sum[r][v], t.bias ? t.bias + v * L : nullptr,
+             t.residual ? t.residual + r * t.residual_step + v * L : nullptr, t.output + r * t.output_step + v * L,
+             v + 1 < NV ? L : t.last);
+}
+
+template <int R, int NV>
+void run_rows(int rows, const Tile& t) {
+  if constexpr (R > 1)
+    if (rows < R) return run_rows<R - 1, NV>(rows, t);
+  run_tile<R, NV>(t);
+}
+
+void run_vectors(int vectors, int rows, const Tile& t) {
+  switch (vectors) {
+    case 1: return run_rows<tile_rows(1), 1>(rows, t);
+    case 2: return run_rows<tile_rows(2), 2>(rows, t);
+    case 3: return run_rows<tile_rows(3), kPanelVectors == 4 ? 3 : 1>(rows, t);
+    default: return run_rows<tile_rows(4), kPanelVectors == 4 ? 4 : 1>(rows, t);
+  }
+}
+
+// ---- a task ----------------------------------------------------------------------------------------------------------
+
+// The input of a block of output pixels from (y0, x0): [strip_h][strip_w][channels of the group], zero outside the map.
+void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group, int64_t y0, int64_t x0, float* strip) {
+  const Conv2dShape& s = conv.shape;
+  const int64_t channels = s.group_channels(), top = y0 * s.stride_h - s.pad_h, left = x0 * s.stride_w - s.pad_w;
+  const int64_t first = min_of(p.strip_w, max_of(0, -left)), last = max_of(first, min_of(p.strip_w, s.width - left));
+  for (int64_t i = 0; i < p.strip_h; ++i) {
+    float* row = strip + i * p.strip_w * channels;
+    const int64_t y = top + i;
+    if (y < 0 || y >= s.height || first == last) {
+      memset(row, 0, size_t(p.strip_w * channels) * sizeof(float));
+      continue;
+    }
+    const float* from = conv.input.data + image * conv.input.stride_n + y * conv.input.stride_y + group * channels;
+    memset(row, 0, size_t(first * channels) * sizeof(float));
+    if (conv.input.stride_x == channels) {
+      memcpy(row + first * channels, from + (left + first) * channels, size_t((last - first) * channels) * sizeof(float));
+    } else {
+      for (int64_t x = first; x < last; ++x)
+        memcpy(row + x * channels, from + (left + x) * conv.input.stride_x, size_t(channels) * sizeof(float));
+    }
+    memset(row + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));
+  }
+}
+
+// A row of output pixels, cut evenly into tiles, for one panel.
+void run_row(Tile t, int64_t pixels, int vectors) {
+  const int64_t most = tile_rows(vectors), tiles = ceil_div(pixels, most);
+  for (int64_t i = 0, x = 0; i < tiles; ++i) {
+    const int64_t rows = (pixels - x) / (tiles - i);
+    run_vectors(vectors, int(rows), t);
+    t.input += rows * t.step;
+    t.output += rows * t.output_step;
+    if (t.residual) t.residual += rows * t.residual_step;
+    x += rows;
+  }
+}
+
+// Pixels (y, x) to (y, x + count) of the output for one panel; in a flat plan x counts through the whole image.
+struct Rows {
+  const Conv2d& conv;
+  const Plan& plan;
+  int64_t image, group, panel;
+
+  void run(Tile t, int64_t y, int64_t x, int64_t count) const {
+    const Conv2dShape& s = conv.shape;
+    const int64_t channel = group * s.group_outputs() + panel * kPanel;
+    const int64_t columns = min_of(kPanel, s.group_outputs() - panel * kPanel), vectors = ceil_div(columns, L);
+    t.conv = &conv;
+    t.weight = conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel);
+    t.bias = conv.bias ? conv.bias + channel : nullptr;
+    t.last = int(columns - (vectors - 1) * L);
+    t.output = conv.output.data + image * conv.output.stride_n + y * conv.output.stride_y + x * conv.output.stride_x + channel;
+    t.output_step = conv.output.stride_x;
+    t.residual = conv.residual.data ? conv.residual.data + image * conv.residual.stride_n + y * conv.residual.stride_y +
+                                          x * conv.residual.stride_x + channel
+                                    : nullptr;
+    t.residual_step = conv.residual.stride_x;
+    run_row(t, count, int(vectors));
+  }
+};
+
+// Rows of a map follow each other without a gap.
+template <class T>
+bool one_row(const PixelMap<T>& map, int64_t width) {
+  return !map.data || map.stride_y == width * map.stride_x;
+}
+
+void run_block(const Conv2d& conv, const Plan& p, const Rows& rows, int64_t y0, int64_t x0, const float* strip) {
+  const Conv2dShape& s = conv.shape;
+  const int64_t channels = s.group_channels();
+  Tile t{};
+  t.runs_y = t.runs_x = 1;
+  t.run = channels;
+  if (p.in_place) {
+    const float* input = conv.input.data + rows.image * conv.input.stride_n + rows.group * channels;
+    t.step = s.stride_w * conv.input.stride_x;
+    if (p.flat && !(one_row(conv.input, s.width) && one_row(conv.output, s.out_width) && one_row(conv.residual, s.out_width))) {
+      for (int64_t at = x0, end = min_of(x0 + p.block_w, s.out_height * s.out_width); at < end;) {
+        const int64_t y = at / s.out_width, x = at % s.out_width, count = min_of(end - at, s.out_width - x);
+        t.input = input + y * conv.input.stride_y + x * conv.input.stride_x;
+        rows.run(t, y, x, count);
+        at += count;
+      }
+      return;
+    }
+    const int64_t height = p.flat ? 1 : s.out_height, width = p.flat ? s.out_height * s.out_width : s.out_width;
+    for (int64_t y = y0; y < min_of(y0 + p.block_h, height); ++y) {
+      t.input = input + y * s.stride_h * conv.input.stride_y + x0 * t.step;
+      rows.run(t, y, x0, min_of(p.block_w, width - x0));
+    }
+    return;
+  }
+  const bool whole_rows = s.dilation_w == 1;
+  t.runs_y = s.kernel_h, t.runs_x = whole_rows ? 1 : s.kernel_w;
+  t.run_y = s.dilation_h * p.strip_w * channels, t.run_x = s.dilation_w * channels;
+  t.run = whole_rows ? s.kernel_w * channels : channels;
+  t.step = s.stride_w * channels;
+  for (int64_t y = y0; y < min_of(y0 + p.block_h, s.out_height); ++y) {
+    t.input = strip + (y - y0) * s.stride_h * p.strip_w * channels;
+    rows.run(t, y, x0, min_of(p.block_w, s.out_width - x0));
+  }
+}
+
+}  // namespace
+
+int64_t conv2d_gemm_weights(const Conv2dShape& s) {
+  return s.groups * ceil_div(s.group_outputs(), L) * L * s.kernel_h * s.kernel_w * s.group_channels();
+}
+
+void conv2d_gemm_prepare(const Conv2dShape& s, const float* weight, float* prepared) {
+  const int64_t channels = s.group_channels(), taps = s.kernel_h * s.kernel_w;
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t n0 = 0; n0 < s.group_outputs(); n0 += kPanel) {
+      const int64_t columns = min_of(kPanel, s.group_outputs() - n0);
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t n = 0; n < ceil_div(columns, L) * L; ++n)
+            *prepared++ = n < columns ? weight[((g * s.group_outputs() + n0 + n) * channels + c) * taps + tap] : 0;
+    }
+}
+
+int64_t conv2d_gemm_tasks(const Conv2dShape& s) {
+  const Plan p = make_plan(s);
+  return s.images * s.groups * p.blocks_y * p.blocks_x * p.panel_groups;
+}
+
+int64_t conv2d_gemm_scratch(const Conv2dShape& s) {
+  const Plan p = make_plan(s);
+  return p.in_place ? 0 : p.strip_h * p.strip_w * s.group_channels();
+}
+
+void conv2d_gemm(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
+  const Plan p = make_plan(conv.shape);
+  for (int64_t i = begin; i < end; ++i) {
+    int64_t t = i;
+    const int64_t panel_group = t % p.panel_groups, x = (t /= p.panel_groups) % p.blocks_x;
+    const int64_t y = (t /= p.blocks_x) % p.blocks_y, group = (t /= p.blocks_y) % conv.shape.groups;
+    const int64_t image = t / conv.shape.groups, y0 = y * p.block_h, x0 = x * p.block_w;
+    if (!p.in_place) copy_strip(conv, p, image, group, y0, x0, scratch);
+    for (int64_t panel = panel_group * p.group_panels; panel < min_of(p.panels, (panel_group + 1) * p.group_panels); ++panel)
+      run_block(conv, p, Rows{conv, p, image, group, panel}, y0, x0, scratch);
+  }
+}
+
+}  // namespace fastcv::FASTCV_ISA

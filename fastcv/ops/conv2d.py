@@ -1,0 +1,242 @@
+"""Convolution with a fused epilogue: :func:`conv2d`.
+
+In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
+Other types and devices run on torch's convolution, followed by the epilogue.
+
+Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's step
+or ``load_state_dict`` is noticed (by ``Tensor._version``), writing through ``.data`` or NumPy is not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import reference
+from .._library import LIBRARY, define, implementation
+from ._autograd import register_autograd
+from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
+
+KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch")
+ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
+
+_GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
+define(
+    f"conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, {_GEOMETRY}, "
+    "str activation, float slope, str kernel) -> Tensor",
+    reference.conv2d.conv2d,
+)
+define(f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor", reference.conv2d.conv2d_prepare)
+define(f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", reference.conv2d.conv2d_kernel)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    kernel: str = "auto",
+) -> Tensor:
+    """``activation(conv(input, weight, bias) * scale + shift + residual)``, in one pass over the output.
+
+    Args:
+        input: ``[N, C, H, W]``, contiguous or channels-last.
+        weight: ``[K, C / groups, KH, KW]``.
+        bias: ``[K]``.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding also ``"valid"`` or, with
+            stride 1, ``"same"``.
+        scale, shift: ``[K]``, such as a batch norm's; they are folded into weights and bias at every call, so fold them
+            yourself where they do not change.
+        residual: of the output's shape, added before the activation.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
+            ``"hardsigmoid"`` or ``"sigmoid"``.
+        negative_slope: of ``"leaky_relu"``.
+        kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"winograd"`` (3x3, stride 1),
+            ``"depthwise"``, ``"grouped"`` or ``"torch"``.
+
+    Returns:
+        ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes, twice.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape or device.
+        RuntimeError: a kernel that does not serve this convolution.
+
+    Example:
+        >>> import torch, fastcv
+        >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)
+        >>> fastcv.ops.conv2d(x, w, torch.tensor([-5.0]), padding=1, activation="relu")[0, 0]
+        tensor([[0., 1., 0.],
+                [1., 4., 1.],
+                [0., 1., 0.]])
+    """
+    check_floating("input", input)
+    check_shape("input", input, ("N", "C", "H", "W"))
+    check_floating("weight", weight)
+    check_shape("weight", weight, ("K", input.shape[1] // groups if groups > 0 else "C / groups", "KH", "KW"))
+    if groups < 1 or input.shape[1] % groups or weight.shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of {input.shape[1]} and {weight.shape[0]} channels, got {groups}")
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if vector is not None:
+            check_floating(name, vector)
+            check_shape(name, vector, (weight.shape[0],))
+    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
+        if tensor is not None:
+            check_same_device(name, tensor, "input", input)
+    check_one_of("activation", activation, ACTIVATIONS)
+    check_one_of("kernel", kernel, ("auto", *KERNELS))
+    stride, dilation = list(pair("stride", stride)), list(pair("dilation", dilation))
+    padding = _padding(padding, weight.shape[2:], stride, dilation)
+    if scale is not None:
+        weight = weight * scale[:, None, None, None]
+        bias = None if bias is None else bias * scale
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    geometry = (groups, stride, padding, dilation)
+    if not _on_kernels(input, weight, bias, residual):
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
+    if torch.compiler.is_compiling():
+        prepared = None
+    else:
+        if kernel == "auto":
+            kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
+        if kernel == "torch":
+            return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
+        prepared = prepared_weight(weight, *geometry, kernel)
+    return torch.ops.fastcv.conv2d(
+        input, weight, bias, residual, prepared, *geometry, activation, negative_slope, kernel
+    )
+
+
+def _padding(padding, size, stride, dilation) -> list[int]:
+    if padding == "valid":
+        return [0, 0]
+    if padding == "same":
+        reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+        if any(s != 1 for s in stride) or any(r % 2 for r in reach):
+            raise ValueError(f'padding: "same" needs stride 1 and kernels of odd reach, got stride {stride}, {reach}')
+        return [r // 2 for r in reach]
+    return list(pair("padding", padding, minimum=0))
+
+
+def _on_kernels(*tensors: Tensor | None) -> bool:
+    """Whether the compiled kernels take these."""
+    given = [t for t in tensors if t is not None]
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given) and (
+        implementation("conv2d", "cpu") == "compiled"
+    )
+
+
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kernel: str) -> Tensor:
+    """``weight`` laid out for ``kernel``, from the cache where it was not changed since."""
+    if weight.is_inference():  # counts no changes
+        return torch.ops.fastcv.conv2d_prepare(weight.detach(), groups, stride, padding, dilation, kernel)
+    key = (weight._version, weight.data_ptr())
+    kept = _prepared.get(weight)
+    if kept is None or kept[0] != key:
+        kept = _prepared[weight] = (key, {})
+    layouts = kept[1]
+    if (kernel, groups) not in layouts:
+        layouts[kernel, groups] = torch.ops.fastcv.conv2d_prepare(
+            weight.detach(), groups, stride, padding, dilation, kernel
+        )
+    return layouts[kernel, groups]
+
+
+# ---- fake kernels --------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastcv::conv2d", lib=LIBRARY)
+def _(input, weight, bias, residual, prepared, groups, stride, padding, dilation, activation, slope, kernel):
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    memory_format = torch._prims_common.suggest_memory_format(input)
+    shape = (input.shape[0], weight.shape[0], *size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("fastcv::conv2d_prepare", lib=LIBRARY)
+def _(weight, groups, stride, padding, dilation, kernel):
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+def _slope_of(activation: str, x: Tensor, slope: float) -> Tensor | float:
+    """The derivative of an activation, of operators that have derivatives themselves."""
+    if activation == "none":
+        return 1.0
+    if activation == "relu":
+        return (x > 0).to(x.dtype)
+    if activation == "relu6":
+        return ((x > 0) & (x < 6)).to(x.dtype)
+    if activation == "leaky_relu":
+        return torch.where(x > 0, 1.0, slope).to(x.dtype)
+    if activation == "hardsigmoid":
+        return ((x > -3) & (x < 3)).to(x.dtype) / 6
+    if activation == "hardswish":
+        return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5))
+    s = x.sigmoid()
+    return s * (1 - s) if activation == "sigmoid" else s * (1 + x * (1 - s))
+
+
+def _setup(ctx, inputs, output):
+    input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.slope, ctx.kernel = inputs
+    ctx.save_for_backward(input, weight, bias, residual)
+    ctx.save_for_forward(input, weight, bias, residual)
+
+
+def _before_activation(ctx):
+    if ctx.activation == "none":
+        return None
+    return torch.ops.fastcv.conv2d(*ctx.saved_tensors, None, *ctx.geometry, "none", 0.0, ctx.kernel)
+
+
+def _backward(ctx, grad):
+    input, weight, bias, _ = ctx.saved_tensors
+    groups, stride, padding, dilation = ctx.geometry
+    needs = ctx.needs_input_grad
+    if ctx.activation != "none":
+        grad = grad * _slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
+    mask = [needs[0], needs[1], bias is not None and needs[2]]
+    sizes = None if bias is None else list(bias.shape)
+    gradients = torch.ops.aten.convolution_backward(
+        grad, input, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    gradients = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
+    return *gradients, grad if needs[3] else None, *[None] * 8
+
+
+def _jvp(ctx, *tangents):
+    input, weight, _, _ = ctx.saved_tensors
+    d_input, d_weight, d_bias, d_residual, *_ = tangents
+
+    def conv(x, w):
+        return torch.ops.fastcv.conv2d(x, w, None, None, None, *ctx.geometry, "none", 0.0, ctx.kernel)
+
+    terms = [] if d_residual is None else [d_residual]
+    if d_input is not None:
+        terms.append(conv(d_input, weight))
+    if d_weight is not None:
+        terms.append(conv(input, d_weight))
+    if d_bias is not None:
+        terms.append(d_bias[:, None, None].expand_as(conv(input, weight)))
+    return sum(terms[1:], terms[0]) * _slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
+
+
+register_autograd("conv2d", setup_context=_setup, backward=_backward, jvp=_jvp)
