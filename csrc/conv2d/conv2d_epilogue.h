@@ -26,6 +26,16 @@ FASTCV_INLINE Vec<float> activate(Vec<float> x, Activation activation, float slo
   return x;
 }
 
+// Activations that only bound their argument, as most do: cheaper than a switch for every vector.
+struct Bounds {
+  float low, high;
+  bool exact;  // whether they are the activation
+
+  explicit Bounds(Activation activation)
+      : low(activation == Activation::none ? -__builtin_inff() : 0), high(activation == Activation::relu6 ? 6 : __builtin_inff()),
+        exact(activation == Activation::none || activation == Activation::relu || activation == Activation::relu6) {}
+};
+
 // Adds bias and residual (where not null) to n lanes of `sum`, and stores them.
 FASTCV_INLINE void finish(const Conv2d& conv, Vec<float> sum, const float* bias, const float* residual, float* out, int n) {
   if (n == kLanes<float>) {

@@ -72,23 +72,35 @@ Plan make_plan(const Conv2dShape& s) {
 // ---- a tile ----------------------------------------------------------------------------------------------------------
 
 struct Tile {
-  const Conv2d* conv;
-  const float* input;      // of the first pixel
-  int64_t step;            // to the next pixel's
+  explicit Tile(Activation activation) : bounds(activation) {}
+
+  const Conv2d* conv{};
+  const float* input{};      // of the first pixel
+  int64_t step{};            // to the next pixel's
   int64_t runs_y, runs_x;  // runs of the depth: rows of the kernel, or its elements
   int64_t run_y, run_x;    // from one to the next
-  int64_t run;             // elements of one
-  const float* weight;     // of the panel
-  const float* bias;       // of the panel's first channel, or null
-  const float* residual;   // of the first pixel and channel, or null
-  float* output;
+  int64_t run{};             // elements of one
+  const float* weight{};     // of the panel
+  const float* bias{};       // of the panel's first channel, or null
+  const float* residual{};   // of the first pixel and channel, or null
+  float* output{};
   int64_t residual_step, output_step;
   int last;  // lanes of the last vector
+  Bounds bounds;
 };
 
+// Loops over sums are unrolled, or they would live in memory before and after the long loop.
 template <int R, int NV>
 void run_tile(const Tile& t) {
-  Vec<float> sum[R][NV] = {};
+  Vec<float> sum[R][NV];
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+    const Vec<float> bias = !t.bias                      ? Vec<float>{}
+                           : v + 1 < NV || t.last == L ? load(t.bias + v * L)
+                                                       : load_first(t.bias + v * L, t.last);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r][v] = bias;
+  }
   const float* weight = t.weight;
   const float* input_y = t.input;
   for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
@@ -96,19 +108,32 @@ void run_tile(const Tile& t) {
     for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) {
       for (int64_t k = 0; k < t.run; ++k, weight += NV * L) {
         Vec<float> w[NV];
+#pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) w[v] = load(weight + v * L);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           const Vec<float> x = broadcast(input[r * t.step + k]);
+#pragma GCC unroll 16
           for (int v = 0; v < NV; ++v) sum[r][v] = fma(x, w[v], sum[r][v]);
         }
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v)
-      finish(*t.conv, sum[r][v], t.bias ? t.bias + v * L : nullptr,
-             t.residual ? t.residual + r * t.residual_step + v * L : nullptr, t.output + r * t.output_step + v * L,
-             v + 1 < NV ? L : t.last);
+  const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const float* residual = t.residual ? t.residual + r * t.residual_step : nullptr;
+    float* output = t.output + r * t.output_step;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      if (t.bounds.exact && (v + 1 < NV || t.last == L)) {
+        if (residual) sum[r][v] += load(residual + v * L);
+        store(output + v * L, min(high, max(low, sum[r][v])));
+      } else {
+        finish(*t.conv, sum[r][v], nullptr, residual ? residual + v * L : nullptr, output + v * L, v + 1 < NV ? L : t.last);
+      }
+    }
+  }
 }
 
 template <int R, int NV>
@@ -199,7 +224,7 @@ bool one_row(const PixelMap<T>& map, int64_t width) {
 void run_block(const Conv2d& conv, const Plan& p, const Rows& rows, int64_t y0, int64_t x0, const float* strip) {
   const Conv2dShape& s = conv.shape;
   const int64_t channels = s.group_channels();
-  Tile t{};
+  Tile t(conv.activation);
   t.runs_y = t.runs_x = 1;
   t.run = channels;
   if (p.in_place) {
