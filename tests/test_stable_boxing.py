@@ -32,7 +32,16 @@ DEFORMED = (
 )
 CONVOLUTION = (1, 2, 3, 4, 5, 6, 7, 8)  # strides, paddings, dilations, groups, offset_groups
 
+GEOMETRY = ([2, 3], [4, 5], [6, 7])  # strides, paddings, dilations
+WEIGHT, BIAS, RESIDUAL = torch.randn(8, 12, 2, 2), torch.randn(8), torch.randn(5, 8, 7, 6)
+
 CALLS = {
+    "conv2d": [
+        (FEATURE, WEIGHT, BIAS, None, None, 2, *GEOMETRY, "silu", 0.3, "auto"),
+        (FEATURE, WEIGHT, None, RESIDUAL, None, 2, *GEOMETRY, "leaky_relu", 0.3, "gemm"),
+    ],
+    "conv2d_prepare": [(WEIGHT, 2, *GEOMETRY, "gemm")],
+    "conv2d_kernel": [(FEATURE, WEIGHT, 2, *GEOMETRY)],
     "null": [(FEATURE,)],
     "nms": [(BOXES, SCORES, 0.4, False), (BOXES, SCORES, 0.4, True)],
     "batched_nms": [(BOXES, SCORES, CLASSES, 0.4, False), (BOXES, SCORES, CLASSES, 0.05, True)],
@@ -77,9 +86,23 @@ def test_operator(name):
     if fastcv.build_info()["operators"][name]["cpu"] != "compiled":
         pytest.skip(f"{name} has no compiled kernel")
     for arguments in CALLS[name]:
+        if name in ("conv2d_prepare", "conv2d_kernel"):  # a layout and a choice of their own: they need only arrive
+            getattr(torch.ops.fastcv, name)(*arguments)
+            continue
         expected = _library.OPERATORS[name](*arguments)
         actual = getattr(torch.ops.fastcv, name)(*arguments)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prepared_weights_arrive():
+    if fastcv.build_info()["operators"]["conv2d"]["cpu"] != "compiled":
+        pytest.skip("conv2d has no compiled kernel")
+    prepared = torch.ops.fastcv.conv2d_prepare(WEIGHT, 2, *GEOMETRY, "gemm")
+    rest = (2, *GEOMETRY, "relu", 0.3, "gemm")
+    expected = torch.ops.fastcv.conv2d(FEATURE, WEIGHT, BIAS, None, None, *rest)
+    assert torch.equal(torch.ops.fastcv.conv2d(FEATURE, WEIGHT, BIAS, None, prepared, *rest), expected)
+    with pytest.raises(RuntimeError, match="prepared"):
+        torch.ops.fastcv.conv2d(FEATURE, WEIGHT, BIAS, None, prepared[1:], *rest)
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))

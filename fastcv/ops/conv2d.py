@@ -3,8 +3,8 @@
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
 Other types and devices run on torch's convolution, followed by the epilogue.
 
-Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's step
-or ``load_state_dict`` is noticed (by ``Tensor._version``), writing through ``.data`` or NumPy is not.
+Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's
+step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data`` or NumPy is not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ define(
 )
 define(f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor", reference.conv2d.conv2d_prepare)
 define(f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", reference.conv2d.conv2d_kernel)
+_compiled = implementation("conv2d", "cpu") == "compiled"
 
 
 def conv2d(
@@ -65,7 +66,8 @@ def conv2d(
             ``"depthwise"``, ``"grouped"`` or ``"torch"``.
 
     Returns:
-        ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes, twice.
+        ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes,
+        twice.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
@@ -89,7 +91,13 @@ def conv2d(
         if vector is not None:
             check_floating(name, vector)
             check_shape(name, vector, (weight.shape[0],))
-    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("scale", scale),
+        ("shift", shift),
+        ("residual", residual),
+    ):
         if tensor is not None:
             check_same_device(name, tensor, "input", input)
     check_one_of("activation", activation, ACTIVATIONS)
@@ -104,13 +112,15 @@ def conv2d(
     geometry = (groups, stride, padding, dilation)
     if not _on_kernels(input, weight, bias, residual):
         return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
-    if torch.compiler.is_compiling():
-        prepared = None
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        prepared = None  # these weights stand for others
     else:
         if kernel == "auto":
             kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
         if kernel == "torch":
-            return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
+            return reference.conv2d.conv2d(
+                input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
+            )
         prepared = prepared_weight(weight, *geometry, kernel)
     return torch.ops.fastcv.conv2d(
         input, weight, bias, residual, prepared, *geometry, activation, negative_slope, kernel
@@ -131,9 +141,7 @@ def _padding(padding, size, stride, dilation) -> list[int]:
 def _on_kernels(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels take these."""
     given = [t for t in tensors if t is not None]
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given) and (
-        implementation("conv2d", "cpu") == "compiled"
-    )
+    return _compiled and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
 
 
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -1,0 +1,286 @@
+"""conv2d: by hand, against float64 over awkward shapes and layouts, kernels by name, derivatives, machinery, errors."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import fastcv
+from fastcv._library import implementation
+from fastcv.ops.conv2d import ACTIVATIONS, KERNELS, _prepared
+from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
+
+compiled_only = pytest.mark.skipif(
+    implementation("conv2d", "cpu") != "compiled",
+    reason="of the compiled kernels; the reference is torch's convolution",
+)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+# images, channels, height, width, outputs, kernel, stride, padding, dilation, groups
+SHAPES = [
+    (1, 3, 20, 22, 64, (7, 7), 2, 3, 1, 1),
+    (1, 3, 33, 31, 20, (11, 11), 4, 2, 1, 1),
+    (2, 64, 14, 14, 130, (1, 1), 1, 0, 1, 1),
+    (2, 40, 7, 9, 24, (1, 1), 2, 0, 1, 1),
+    (1, 24, 5, 5, 17, (1, 1), 1, 1, 1, 1),
+    (1, 17, 9, 30, 40, (3, 3), 1, 1, 1, 1),
+    (1, 64, 21, 19, 64, (3, 3), 1, 1, 1, 1),
+    (2, 33, 7, 7, 65, (3, 3), 1, 0, 1, 1),
+    (1, 128, 4, 4, 128, (3, 3), 1, 2, 1, 1),
+    (1, 300, 7, 7, 200, (3, 3), 2, 1, 1, 1),
+    (1, 16, 12, 12, 16, (3, 5), 1, 2, 2, 1),
+    (1, 8, 9, 9, 8, (5, 1), (1, 2), (2, 0), 1, 1),
+    (1, 2, 1, 1, 3, (1, 1), 1, 0, 1, 1),
+    (1, 40, 6, 200, 33, (3, 3), 1, 1, 1, 1),
+    (1, 32, 15, 13, 48, (3, 3), 2, 1, 1, 2),
+    (2, 16, 11, 10, 16, (3, 3), 1, 1, 1, 4),
+    (1, 64, 9, 9, 32, (3, 3), 1, 1, 1, 16),
+    (1, 24, 9, 9, 48, (3, 3), 2, 1, 1, 3),
+    (2, 37, 12, 13, 37, (3, 3), 1, 1, 1, 37),
+    (1, 72, 15, 14, 72, (5, 5), 2, 2, 1, 72),
+    (1, 16, 9, 9, 16, (7, 7), 1, 3, 1, 16),
+    (1, 16, 9, 9, 16, (3, 3), 1, 2, 2, 16),
+    (1, 16, 9, 9, 32, (3, 3), 1, 1, 1, 16),
+    (1, 16, 3, 2, 16, (3, 3), 1, 1, 1, 16),
+]
+
+
+def case(shape, seed=0, dtype=torch.float32):
+    n, c, h, w, k, kernel, stride, padding, dilation, groups = shape
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, h, w, generator=generator, dtype=dtype)
+    weight = torch.randn(k, c // groups, *kernel, generator=generator, dtype=dtype)
+    bias = torch.randn(k, generator=generator, dtype=dtype)
+    return x, weight, bias, stride, padding, dilation, groups
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def serves(kernel, shape):
+    x, weight, _, stride, padding, dilation, groups = case(shape)
+    try:
+        fastcv.ops.conv2d(x, weight, None, stride, padding, dilation, groups, kernel=kernel)
+    except RuntimeError as failure:
+        assert "does not serve" in str(failure)
+        return False
+    return True
+
+
+def test_by_hand():
+    x = torch.arange(9.0).reshape(1, 1, 3, 3)
+    weight = torch.tensor([[[[1.0, 0], [0, -1]]]])
+    assert fastcv.ops.conv2d(x, weight).flatten().tolist() == [-4, -4, -4, -4]
+    out = fastcv.ops.conv2d(x, weight, torch.tensor([2.0]), residual=x[..., :2, :2], activation="relu")
+    assert out.flatten().tolist() == [0, 0, 1, 2]
+    assert fastcv.ops.conv2d(x, weight, stride=2, padding=1).flatten().tolist() == [0, -2, -6, -4]
+
+
+@pytest.mark.parametrize("kernel", ["auto", *KERNELS])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference(shape, kernel):
+    if not serves(kernel, shape):
+        pytest.skip(f"{kernel} does not serve it")
+    x, weight, bias, *geometry = case(shape)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    residual = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for memory_format in FORMATS:
+        y = x.contiguous(memory_format=memory_format)
+        actual = fastcv.ops.conv2d(y, weight, bias, *geometry, kernel=kernel)
+        assert actual.dtype == torch.float32 and actual.is_contiguous(memory_format=memory_format)
+        assert error(actual, expected) < 1e-5
+        actual = fastcv.ops.conv2d(y, weight, None, *geometry, residual=residual, activation="silu", kernel=kernel)
+        without_bias = F.conv2d(x.double(), weight.double(), None, *geometry)
+        assert error(actual, F.silu(without_bias + residual)) < 1e-5
+
+
+@compiled_only
+def test_each_kernel_serves_something():
+    chosen = set()
+    for shape in SHAPES:
+        x, weight, _, stride, padding, dilation, groups = case(shape)
+        two = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
+        chosen.add(KERNELS[torch.ops.fastcv.conv2d_kernel(x, weight, groups, *two)])
+    assert chosen >= {"gemm"}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("outputs", [20, 64])
+def test_activations(activation, outputs):
+    x, weight, bias, *geometry = case((1, 24, 6, 7, outputs, (1, 1), 1, 0, 1, 1))
+    before = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    actual = fastcv.ops.conv2d(x, weight, bias, *geometry, activation=activation, negative_slope=0.2)
+    assert error(actual, FORMULAS[activation](before, 0.2)) < 1e-5
+    x[0, :, 2, 3] = float("nan")
+    actual = fastcv.ops.conv2d(x, weight, bias, *geometry, activation=activation)
+    assert actual[0, :, 2, 3].isnan().all() and actual.isnan().sum() == outputs
+
+
+def test_scale_and_shift():
+    x, weight, bias, *geometry = case(SHAPES[5])
+    scale, shift = torch.rand(40) + 0.5, torch.randn(40)
+    expected = F.conv2d(x, weight, bias, *geometry) * scale[:, None, None] + shift[:, None, None]
+    actual = fastcv.ops.conv2d(x, weight, bias, *geometry, scale=scale, shift=shift)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:9])
+def test_slices_of_wider_maps(shape):
+    """Input and residual whose pixels are further apart than their channels."""
+    x, weight, bias, *geometry = case(shape)
+    wide = torch.randn(x.shape[0], x.shape[1] + 5, x.shape[2], x.shape[3] + 3).contiguous(
+        memory_format=torch.channels_last
+    )
+    wide[:, 2 : 2 + x.shape[1], :, 1 : 1 + x.shape[3]] = x
+    sliced = wide[:, 2 : 2 + x.shape[1], :, 1 : 1 + x.shape[3]]
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    residual = torch.randn(expected.shape[0], 2 * expected.shape[1], *expected.shape[2:])
+    residual = residual.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + expected.shape[1]]
+    actual = fastcv.ops.conv2d(sliced, weight, bias, *geometry, residual=residual)
+    assert error(actual, expected + residual) < 1e-5
+
+
+def test_empty_batch():
+    assert fastcv.ops.conv2d(torch.ones(0, 3, 8, 8), torch.ones(5, 3, 3, 3)).shape == (0, 5, 6, 6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1e6])
+def test_bad_scaling(magnitude):
+    x, weight, _, *geometry = case(SHAPES[6])
+    for a, b in ((magnitude, 1.0), (1.0, magnitude), (magnitude, 1 / magnitude)):
+        expected = F.conv2d(x.double() * a, weight.double() * b, None, *geometry)
+        assert error(fastcv.ops.conv2d(x * a, weight * b, None, *geometry), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4] + SHAPES[6:7] + SHAPES[15:20])
+def test_same_for_any_number_of_threads(shape):
+    x, weight, bias, *geometry = case(shape)
+    threads = torch.get_num_threads()
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(fastcv.ops.conv2d(x, weight, bias, *geometry))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_changed_weights_are_noticed():
+    x, weight, bias, *geometry = case(SHAPES[6])
+    layer = torch.nn.Parameter(weight.clone())
+    fastcv.ops.conv2d(x, layer, bias, *geometry)
+    with torch.no_grad():
+        layer.mul_(2)
+    torch.testing.assert_close(
+        fastcv.ops.conv2d(x, layer, None, *geometry), 2 * fastcv.ops.conv2d(x, weight, None, *geometry)
+    )
+    layer.data = weight.clone()
+    torch.testing.assert_close(
+        fastcv.ops.conv2d(x, layer, bias, *geometry), fastcv.ops.conv2d(x, weight, bias, *geometry)
+    )
+    with torch.inference_mode():
+        made_here = weight.clone()
+        before = fastcv.ops.conv2d(x, made_here, None, *geometry)
+        made_here.mul_(2)
+        torch.testing.assert_close(fastcv.ops.conv2d(x, made_here, None, *geometry), 2 * before)
+
+
+@compiled_only
+def test_weights_are_prepared_once_and_forgotten_with_their_tensor():
+    gc.collect()
+    x, weight, bias, *geometry = case(SHAPES[6])
+    fastcv.ops.conv2d(x, weight, bias, *geometry)
+    (first,) = _prepared[weight][1].values()
+    fastcv.ops.conv2d(x, weight, bias, *geometry)
+    assert [p is first for p in _prepared[weight][1].values()] == [True]
+    count = len(_prepared)
+    del weight
+    gc.collect()
+    assert len(_prepared) == count - 1
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_derivatives_follow_the_formulas(activation):
+    x, weight, bias, *geometry = case((2, 6, 5, 6, 4, (3, 3), 1, 1, 1, 2))
+    residual = torch.randn(2, 4, 5, 6)
+    arguments = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    out = fastcv.ops.conv2d(x, weight, bias, *geometry, residual=residual, activation=activation)
+    before = F.conv2d(x, weight, bias, *geometry) + residual
+    # torch's own hardsigmoid has no second derivative.
+    expected = F.relu6(before + 3) / 6 if activation == "hardsigmoid" else FORMULAS[activation](before, 0.01)
+    v = torch.randn_like(out)
+    first = torch.autograd.grad((out * v).sum(), arguments, create_graph=True)
+    first_expected = torch.autograd.grad((expected * v).sum(), arguments, create_graph=True)
+    torch.testing.assert_close(first, first_expected, rtol=1e-3, atol=1e-4)
+    u = [torch.randn_like(t) for t in arguments]
+
+    def dot(ts):
+        return sum((a * b).sum() for a, b in zip(ts, u, strict=True))
+
+    second = torch.autograd.grad(dot(first), arguments, allow_unused=True, materialize_grads=True)
+    second_expected = torch.autograd.grad(dot(first_expected), arguments, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(second, second_expected, rtol=1e-3, atol=2e-3)
+    _, tangent = torch.func.jvp(
+        lambda x, w, b, r: fastcv.ops.conv2d(x, w, b, *geometry, residual=r, activation=activation),
+        tuple(t.detach() for t in arguments),
+        tuple(u),
+    )
+    assert abs(((tangent * v).sum() - dot(first_expected)).item()) < 1e-2 * max(1, abs(dot(first_expected).item()))
+
+
+def test_other_types_run_on_torch():
+    for dtype in (torch.float64, torch.bfloat16):
+        x, weight, bias, *geometry = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in case(SHAPES[6]))
+        actual = fastcv.ops.conv2d(x, weight, bias, *geometry, activation="relu")
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, F.conv2d(x, weight, bias, *geometry).relu())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_opcheck_and_compile(memory_format):
+    x, weight, bias, *_ = case((2, 6, 5, 6, 4, (3, 3), 1, 1, 1, 2))
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    weight.requires_grad_()
+    arguments = (x, weight, bias, None, None, 2, [1, 1], [1, 1], [1, 1], "silu", 0.0, "auto")
+    if implementation("conv2d", "cpu") != "compiled":
+        pytest.skip("the reference is torch's convolution, called directly")
+    opcheck(torch.ops.fastcv.conv2d, arguments)
+
+    def f(x):
+        return fastcv.ops.conv2d(x, weight, bias, padding=1, groups=2, activation="silu")
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), f(x))
+
+
+def test_same_padding():
+    x, weight, bias, *_ = case(SHAPES[6])
+    assert torch.equal(
+        fastcv.ops.conv2d(x, weight, bias, padding="same"), fastcv.ops.conv2d(x, weight, bias, padding=1)
+    )
+    with pytest.raises(ValueError, match="same"):
+        fastcv.ops.conv2d(x, weight, bias, stride=2, padding="same")
+
+
+def test_errors():
+    x, weight, bias = torch.ones(1, 4, 5, 5), torch.ones(6, 4, 3, 3), torch.ones(6)
+    for wrong, message in (
+        (dict(input=x[0]), r"input: expected shape \[N, C, H, W\], got \[4, 5, 5\]"),
+        (dict(weight=weight[:, :3]), r"weight: expected shape \[K, 4, KH, KW\], got \[6, 3, 3, 3\]"),
+        (dict(bias=bias[:5]), r"bias: expected shape \[6\]"),
+        (dict(groups=3), "groups|weight"),
+        (dict(stride=0), "stride"),
+        (dict(padding=-1), "padding"),
+        (dict(activation="tanh"), "activation: expected .* got 'tanh'"),
+        (dict(kernel="fft"), "kernel: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastcv.ops.conv2d(**(dict(input=x, weight=weight, bias=bias) | wrong))
+    with pytest.raises(TypeError, match="weight"):
+        fastcv.ops.conv2d(x, weight.int())
+    with pytest.raises(RuntimeError, match=r"smaller than the kernel|greater than actual input size"):
+        fastcv.ops.conv2d(x[..., :2], weight)
+    with pytest.raises(RuntimeError, match=r"residual|size"):
+        fastcv.ops.conv2d(x, weight, residual=torch.ones(1, 6, 4, 4))
