@@ -18,8 +18,8 @@ struct Conv2dShape {
   int64_t out_channels, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
 
-  int64_t group_channels() const { return channels / groups; }
-  int64_t group_outputs() const { return out_channels / groups; }
+  __attribute__((always_inline)) int64_t group_channels() const { return channels / groups; }
+  __attribute__((always_inline)) int64_t group_outputs() const { return out_channels / groups; }
 };
 
 enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid };
@@ -30,6 +30,12 @@ struct PixelMap {
   T* data;
   int64_t stride_n, stride_y, stride_x;
 };
+
+// Inlined always: a copy of its own would be that of one instruction set.
+template <class T>
+__attribute__((always_inline)) inline T* pixel(const PixelMap<T>& map, int64_t image, int64_t y, int64_t x) {
+  return map.data + image * map.stride_n + y * map.stride_y + x * map.stride_x;
+}
 
 struct Conv2d {
   Conv2dShape shape;

@@ -23,9 +23,15 @@ struct Kernel {
   Kernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                        \
          FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
 
+bool is_winograd(const Conv2dShape& s) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.groups == 1;
+}
+
 // In the order of preference: the first that serves a shape is chosen.
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> all{
+      FASTCV_KERNEL(1, winograd, is_winograd),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
   return all;

@@ -14,21 +14,14 @@
 // side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW * C
 // numbers (so that a first layer with 3 channels has long runs too), and no loop needs a test for the border.
 #include "conv2d_epilogue.h"
+#include "conv2d_tile.h"
 
 namespace fastcv::FASTCV_ISA {
 namespace {
 
 constexpr int L = kLanes<float>;
-constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
-constexpr int kPanel = kPanelVectors * L;
 constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
 constexpr int64_t kMostPixels = 192, kEnoughTasks = 16;
-
-// Pixels of a tile of NV vectors: as many as registers hold sums.
-constexpr int tile_rows(int vectors) {
-  if (kVectorBytes == 64) return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
-  return vectors == 2 ? 6 : 12;
-}
 
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -105,19 +98,7 @@ void run_tile(const Tile& t) {
   const float* input_y = t.input;
   for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
     const float* input = input_y;
-    for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) {
-      for (int64_t k = 0; k < t.run; ++k, weight += NV * L) {
-        Vec<float> w[NV];
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) w[v] = load(weight + v * L);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const Vec<float> x = broadcast(input[r * t.step + k]);
-#pragma GCC unroll 16
-          for (int v = 0; v < NV; ++v) sum[r][v] = fma(x, w[v], sum[r][v]);
-        }
-      }
-    }
+    for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) weight = accumulate(sum, input, t.step, t.run, weight);
   }
   const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
 #pragma GCC unroll 16
