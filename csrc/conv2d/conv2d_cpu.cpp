@@ -28,9 +28,12 @@ bool is_winograd(const Conv2dShape& s) {
          s.dilation_w == 1 && s.groups == 1;
 }
 
+bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
+
 // In the order of preference: the first that serves a shape is chosen.
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> all{
+      FASTCV_KERNEL(2, depthwise, is_depthwise),
       FASTCV_KERNEL(1, winograd, is_winograd),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
