@@ -66,5 +66,6 @@ FASTCV_EACH_ISA(
     FASTCV_CONV2D_KERNEL(conv2d_winograd)
     // One input and one output channel to a group, any kernel.
     FASTCV_CONV2D_KERNEL(conv2d_depthwise)
-    // Groups of few channels: several groups side by side in a vector.
+    // 3x3 in groups of few channels, as many out as in: several groups side by side in a vector.
+    bool conv2d_grouped_serves(const Conv2dShape& shape);
     FASTCV_CONV2D_KERNEL(conv2d_grouped))

@@ -34,6 +34,7 @@ bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.gro
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> all{
       FASTCV_KERNEL(2, depthwise, is_depthwise),
+      FASTCV_KERNEL(3, grouped, FASTCV_PICK(conv2d_grouped_serves)),
       FASTCV_KERNEL(1, winograd, is_winograd),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
