@@ -1,9 +1,9 @@
 """fastcv: hand-written kernels for PyTorch vision models, behind the names people already use."""
 
-from . import ops
+from . import nn, ops
 from ._library import build_info
 from .interop import patch, patched, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "ops", "patch", "patched", "unpatch"]
+__all__ = ["build_info", "nn", "ops", "patch", "patched", "unpatch"]

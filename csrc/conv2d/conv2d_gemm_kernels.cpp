@@ -135,6 +135,13 @@ void run_vectors(int vectors, int rows, const Tile& t) {
 
 // ---- a task ----------------------------------------------------------------------------------------------------------
 
+// Few numbers: a call of memcpy would take longer.
+FASTCV_INLINE void copy(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(to + i, load(from + i));
+  if (i < n) store_first(to + i, load_first(from + i, int(n - i)), int(n - i));
+}
+
 // The input of a block of output pixels from (y0, x0): [strip_h][strip_w][channels of the group], zero outside the map.
 void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group, int64_t y0, int64_t x0, float* strip) {
   const Conv2dShape& s = conv.shape;
@@ -153,7 +160,7 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
       memcpy(row + first * channels, from + (left + first) * channels, size_t((last - first) * channels) * sizeof(float));
     } else {
       for (int64_t x = first; x < last; ++x)
-        memcpy(row + x * channels, from + (left + x) * conv.input.stride_x, size_t(channels) * sizeof(float));
+        copy(from + (left + x) * conv.input.stride_x, channels, row + x * channels);
     }
     memset(row + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));
   }

@@ -40,7 +40,9 @@ class Conv2d(nn.Conv2d):
         unbatched = input.dim() == 3
         x, padding = (input[None] if unbatched else input), self.padding
         # "same" with an even kernel pads unevenly, which torch writes out as it does the modes that are not zeros.
-        uneven = padding == "same" and any(d * (k - 1) % 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        uneven = padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)
+        )
         if self.padding_mode != "zeros" or uneven:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
@@ -84,7 +86,9 @@ class ConvNormAct(nn.Sequential):
         conv, (has_norm, has_activation) = layers[0], self._has
         norm = layers[1] if has_norm else None
         activation = layers[-1] if has_activation else None
-        fixed = norm is None or (not norm.training and hasattr(norm, "running_var") and norm.running_var is not None)
+        # Frozen norms have no batch statistics, whatever the mode.
+        batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        fixed = norm is None or (getattr(norm, "running_var", None) is not None and not (batch and norm.training))
         known = activation is None or type(activation) in _ACTIVATIONS
         if torch.is_grad_enabled() or not (fixed and known) or not isinstance(conv, Conv2d):
             return super().forward(input)
@@ -99,7 +103,8 @@ class ConvNormAct(nn.Sequential):
         state = tuple(None if p is None else (p.data_ptr(), None if p.is_inference() else p._version) for p in parts)
         countable = all(p is None or not p.is_inference() for p in parts)
         if self._folded is None or self._folded[0] != state or not countable:
-            self._folded = (state, fold_norm(*parts, norm.eps))
+            with torch.inference_mode(False):  # a weight that counts its changes, so that what is laid out is kept
+                self._folded = (state, fold_norm(*(None if p is None else p.detach() for p in parts), norm.eps))
         return self._folded[1]
 
 

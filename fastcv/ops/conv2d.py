@@ -3,8 +3,10 @@
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
 Other types and devices run on torch's convolution, followed by the epilogue.
 
-Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's
-step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data`` or NumPy is not.
+Weights that are being trained (that need a gradient, with gradients enabled) change too often to be laid out, and run
+on torch's convolution. All others are laid out for their kernel once, and kept while the weight tensor lives and is not
+changed: an optimiser's step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data``
+or NumPy is not.
 """
 
 from __future__ import annotations
@@ -115,6 +117,8 @@ def conv2d(
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         prepared = None  # these weights stand for others
     else:
+        if kernel == "auto" and weight.requires_grad and torch.is_grad_enabled():
+            kernel = "torch"
         if kernel == "auto":
             kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
         if kernel == "torch":

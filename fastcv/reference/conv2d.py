@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "leaky_relu": lambda x, slope: torch.where(x > 0, x, slope * x),
     "silu": lambda x, slope: F.silu(x),
     "hardswish": lambda x, slope: F.hardswish(x),
-    "hardsigmoid": lambda x, slope: F.hardsigmoid(x),
+    "hardsigmoid": lambda x, slope: F.relu6(x + 3) / 6,  # F.hardsigmoid has no second derivative
     "sigmoid": lambda x, slope: x.sigmoid(),
 }
 
