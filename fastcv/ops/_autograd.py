@@ -26,6 +26,11 @@ def _has_tangent(args) -> bool:
     )
 
 
+def needs_derivatives(*args) -> bool:
+    """Whether a call with these arguments must be seen by autograd, in either mode."""
+    return (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or _has_tangent(args)
+
+
 class _Primals:
     """The ctx of a jvp rule: what it saved comes without tangents, as the rule has these apart."""
 
@@ -104,7 +109,7 @@ def register_autograd(name: str, *, setup_context: Callable, backward: Callable,
 
     def autograd_kernel(keyset, *args):
         # Grad mode off and no dual level: the usual case in inference, kept to two cheap tests.
-        if (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or _has_tangent(args):
+        if needs_derivatives(*args):
             leaves, spec = _pytree.tree_flatten((*args, *defaults[len(args) :]))
             call = keyset, torch.is_grad_enabled(), _C._is_fwd_grad_enabled()
             if _C._are_functorch_transforms_active():

@@ -5,8 +5,8 @@ Other types and devices run on torch's convolution, followed by the epilogue.
 
 Weights that are being trained (that need a gradient, with gradients enabled) change too often to be laid out, and run
 on torch's convolution. All others are laid out for their kernel once, and kept while the weight tensor lives and is not
-changed: an optimiser's step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data``
-or NumPy is not.
+changed: an optimiser's step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through
+``.data`` or NumPy is not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
 from .._library import LIBRARY, define, implementation
-from ._autograd import register_autograd
+from ._autograd import needs_derivatives, register_autograd
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
 
 KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch")
@@ -114,21 +114,24 @@ def conv2d(
     geometry = (groups, stride, padding, dilation)
     if not _on_kernels(input, weight, bias, residual):
         return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
+    rest = (*geometry, activation, negative_slope)
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        prepared = None  # these weights stand for others
-    else:
-        if kernel == "auto" and weight.requires_grad and torch.is_grad_enabled():
-            kernel = "torch"
-        if kernel == "auto":
-            kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
-        if kernel == "torch":
-            return reference.conv2d.conv2d(
-                input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
-            )
-        prepared = prepared_weight(weight, *geometry, kernel)
-    return torch.ops.fastcv.conv2d(
-        input, weight, bias, residual, prepared, *geometry, activation, negative_slope, kernel
-    )
+        return torch.ops.fastcv.conv2d(input, weight, bias, residual, None, *rest, kernel)  # weights stand for others
+    if kernel == "auto":
+        kernel = _choose(input, weight, geometry)
+    if kernel == "torch":
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *rest, "")
+    prepared = prepared_weight(weight, *geometry, kernel)
+    if needs_derivatives(input, weight, bias, residual):
+        return torch.ops.fastcv.conv2d(input, weight, bias, residual, prepared, *rest, kernel)
+    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
+        return torch.ops.fastcv.conv2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+
+
+def _choose(input: Tensor, weight: Tensor, geometry) -> str:
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "torch"
+    return KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
 
 
 def _padding(padding, size, stride, dilation) -> list[int]:

@@ -1,0 +1,124 @@
+"""conv2d: the layers of VGG-16, ResNet-50, its feature pyramid at 800 pixels, ResNeXt and MobileNets, batch 1.
+
+Weights are prepared before, as they are kept between calls. torch runs in both memory formats; the ratio is to
+channels-last, the table has both.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import fastcv
+from benchmarks.harness import Case, as_test
+
+# channels, height, width, outputs, kernel, stride, padding, groups
+LAYERS = {
+    "VGG-16": [
+        (64, 224, 224, 64, 3, 1, 1, 1),
+        (64, 112, 112, 128, 3, 1, 1, 1),
+        (128, 112, 112, 128, 3, 1, 1, 1),
+        (128, 56, 56, 256, 3, 1, 1, 1),
+        (256, 56, 56, 256, 3, 1, 1, 1),
+        (256, 28, 28, 512, 3, 1, 1, 1),
+        (512, 28, 28, 512, 3, 1, 1, 1),
+        (512, 14, 14, 512, 3, 1, 1, 1),
+    ],
+    "ResNet-50": [
+        (3, 224, 224, 64, 7, 2, 3, 1),
+        (64, 56, 56, 64, 1, 1, 0, 1),
+        (64, 56, 56, 64, 3, 1, 1, 1),
+        (64, 56, 56, 256, 1, 1, 0, 1),
+        (256, 56, 56, 64, 1, 1, 0, 1),
+        (256, 56, 56, 128, 1, 1, 0, 1),
+        (256, 56, 56, 512, 1, 2, 0, 1),
+        (128, 56, 56, 128, 3, 2, 1, 1),
+        (128, 28, 28, 128, 3, 1, 1, 1),
+        (128, 28, 28, 512, 1, 1, 0, 1),
+        (512, 28, 28, 128, 1, 1, 0, 1),
+        (512, 28, 28, 256, 1, 1, 0, 1),
+        (512, 28, 28, 1024, 1, 2, 0, 1),
+        (256, 28, 28, 256, 3, 2, 1, 1),
+        (256, 14, 14, 256, 3, 1, 1, 1),
+        (256, 14, 14, 1024, 1, 1, 0, 1),
+        (1024, 14, 14, 256, 1, 1, 0, 1),
+        (1024, 14, 14, 512, 1, 1, 0, 1),
+        (1024, 14, 14, 2048, 1, 2, 0, 1),
+        (512, 14, 14, 512, 3, 2, 1, 1),
+        (512, 7, 7, 512, 3, 1, 1, 1),
+        (512, 7, 7, 2048, 1, 1, 0, 1),
+        (2048, 7, 7, 512, 1, 1, 0, 1),
+    ],
+    "R50-FPN": [
+        (3, 800, 1088, 64, 7, 2, 3, 1),
+        (64, 200, 272, 64, 3, 1, 1, 1),
+        (64, 200, 272, 256, 1, 1, 0, 1),
+        (128, 100, 136, 128, 3, 1, 1, 1),
+        (256, 50, 68, 256, 3, 1, 1, 1),
+        (512, 25, 34, 512, 3, 1, 1, 1),
+        (256, 200, 272, 256, 1, 1, 0, 1),
+        (256, 200, 272, 256, 3, 1, 1, 1),
+    ],
+    "ResNeXt-50": [
+        (128, 56, 56, 128, 3, 1, 1, 32),
+        (256, 56, 56, 256, 3, 2, 1, 32),
+        (256, 28, 28, 256, 3, 1, 1, 32),
+        (512, 14, 14, 512, 3, 1, 1, 32),
+        (1024, 7, 7, 1024, 3, 1, 1, 32),
+    ],
+    "MobileNet": [
+        (3, 224, 224, 32, 3, 2, 1, 1),
+        (32, 112, 112, 32, 3, 1, 1, 32),
+        (96, 112, 112, 96, 3, 2, 1, 96),
+        (144, 56, 56, 144, 3, 1, 1, 144),
+        (192, 28, 28, 192, 3, 1, 1, 192),
+        (576, 14, 14, 576, 3, 1, 1, 576),
+        (960, 7, 7, 960, 3, 1, 1, 960),
+        (672, 14, 14, 672, 5, 1, 2, 672),
+        (16, 112, 112, 96, 1, 1, 0, 1),
+        (96, 56, 56, 24, 1, 1, 0, 1),
+        (144, 28, 28, 32, 1, 1, 0, 1),
+        (960, 7, 7, 160, 1, 1, 0, 1),
+    ],
+}
+
+
+def _ours(x, weight, bias, *geometry):
+    return lambda: fastcv.ops.conv2d(x, weight, bias, *geometry)
+
+
+def _torch(memory_format):
+    def prepare(x, weight, bias, *geometry):
+        x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+        return lambda: F.conv2d(x, weight, bias, *geometry)
+
+    return prepare
+
+
+def _case(model, layer):
+    channels, height, width, outputs, kernel, stride, padding, groups = layer
+
+    def inputs():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, channels, height, width, generator=generator).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(outputs, channels // groups, kernel, kernel, generator=generator)
+        bias = torch.randn(outputs, generator=generator)
+        return x, weight / (channels // groups * kernel**2) ** 0.5, bias, stride, padding, 1, groups
+
+    depth = f", {groups} groups" if 1 < groups < channels else ", depthwise" if groups > 1 else ""
+    shape = f"{model}, {channels} to {outputs} channels, {kernel}x{kernel}/{stride}{depth}, {height}x{width}"
+    return Case(
+        "conv2d",
+        shape,
+        inputs,
+        {
+            "fastcv": _ours,
+            "torch, channels-last": _torch(torch.channels_last),
+            "torch, contiguous": _torch(torch.contiguous_format),
+        },
+        tolerance=2e-4,
+        quick=model == "ResNet-50",
+    )
+
+
+CASES = [_case(model, layer) for model, layers in LAYERS.items() for layer in layers]
+
+test_conv2d = as_test(CASES)
