@@ -2,8 +2,9 @@
 
 from . import nn, ops
 from ._library import build_info
+from .accelerate import accelerate
 from .interop import patch, patched, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "nn", "ops", "patch", "patched", "unpatch"]
+__all__ = ["accelerate", "build_info", "nn", "ops", "patch", "patched", "unpatch"]

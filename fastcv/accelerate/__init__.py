@@ -1,0 +1,54 @@
+"""``fastcv.accelerate(model)``: somebody's model, on fastcv's kernels.
+
+Every maximal part of the model that can be traced (no control flow that depends on data) is captured as a graph, in which
+convolutions take up the batch norm, addition and activation after them. Parts that cannot be traced keep their Python, and
+their children are looked at one by one. What was done is in the report.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from ._capture import capture
+from ._report import Report
+
+__all__ = ["Report", "accelerate"]
+
+
+def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The same model for inference, faster on the CPU in float32.
+
+    Args:
+        model: any module. Its parameters stay where they are and may be changed (``load_state_dict``); modules with
+            hooks, and what cannot be traced, run as before.
+        inplace: change ``model`` itself; otherwise it is left as it is, and parameters are copied.
+
+    Returns:
+        A module in evaluation mode with the same class, attributes, state dict and outputs (to rounding), and the
+        attribute ``fastcv_report``, which prints what was changed, what was left, and why. While gradients are enabled or
+        in training mode it runs as before.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> import torch, fastcv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> fast = fastcv.accelerate(model)
+        >>> print(fast.fastcv_report)
+        (the model): 1 convolution, with 2 layers after it
+        >>> with torch.inference_mode():
+        ...     fast(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 8, 6, 6])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    model.eval()
+    report = Report()
+    capture(model, "", report, root=True)
+    model.fastcv_report = report
+    return model
