@@ -1,8 +1,8 @@
 """``fastcv.accelerate(model)``: somebody's model, on fastcv's kernels.
 
-Every maximal part of the model that can be traced (no control flow that depends on data) is captured as a graph, in which
-convolutions take up the batch norm, addition and activation after them. Parts that cannot be traced keep their Python, and
-their children are looked at one by one. What was done is in the report.
+Every maximal part of the model that can be traced (no control flow that depends on data) is captured as a graph, in
+which convolutions take up the batch norm, addition and activation after them. Parts that cannot be traced keep their
+Python, and their children are looked at one by one. What was done is in the report.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Returns:
         A module in evaluation mode with the same class, attributes, state dict and outputs (to rounding), and the
-        attribute ``fastcv_report``, which prints what was changed, what was left, and why. While gradients are enabled or
-        in training mode it runs as before.
+        attribute ``fastcv_report``, which prints what was changed, what was left, and why. While gradients are enabled
+        or in training mode it runs as before.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -49,6 +49,7 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model)
     model.eval()
     report = Report()
-    capture(model, "", report, root=True)
+    # torchvision's own code takes results in any memory format.
+    capture(model, "", report, keep_strides=not type(model).__module__.startswith("torchvision."))
     model.fastcv_report = report
     return model

@@ -19,8 +19,12 @@ class _Tracer(fx.Tracer):
         return has_hooks(module) or is_norm(module) or super().is_leaf_module(module, name)
 
 
-def capture(module: nn.Module, name: str, report: Report, root: bool = False) -> None:
-    """Capture ``module`` as a whole, or else its children one by one."""
+def capture(module: nn.Module, name: str, report: Report, keep_strides: bool) -> None:
+    """Capture ``module`` as a whole, or else its children one by one.
+
+    Results are channels-last inside. ``keep_strides`` has what leaves a part made contiguous where it was before, for
+    code that calls ``.view()`` on it.
+    """
     if not any(is_plain_conv(m) for m in module.modules()) or "forward" in module.__dict__:
         return
     if has_hooks(module):
@@ -32,13 +36,13 @@ def capture(module: nn.Module, name: str, report: Report, root: bool = False) ->
         if not children:
             report.left.append((name, captured))
         for child_name, child in children.items():
-            capture(child, f"{name}.{child_name}".lstrip("."), report)
+            capture(child, f"{name}.{child_name}".lstrip("."), report, keep_strides)
         return
     convolutions, taken = fuse(captured)
     if convolutions:
         part = Part(name, convolutions, taken)
         report.parts.append(part)
-        module.forward = _Forward(module, captured, part, report)
+        module.forward = _Forward(module, captured, part, report, keep_strides)
 
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:
@@ -65,15 +69,18 @@ class _Forward:
     part that differs is dropped, and the report says so.
     """
 
-    def __init__(self, module: nn.Module, captured: fx.GraphModule, part: Part, report: Report):
+    def __init__(self, module: nn.Module, captured: fx.GraphModule, part: Part, report: Report, keep_strides: bool):
         self.module, self.captured, self.part, self.report = module, captured.eval(), part, report
-        self.inputs = sum(node.op == "placeholder" for node in captured.graph.nodes)
+        self.keep_strides = keep_strides
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.inputs = sum(p.default is p.empty for p in parameters) - 1  # without self; others keep their defaults
         self.checked = self.dropped = False
+        self.spec: _pytree.TreeSpec | None = None
 
     def __call__(self, *args, **kwargs):
         applies = (
             not (self.dropped or kwargs or torch.is_grad_enabled() or self.module.training)
-            and len(args) <= self.inputs
+            and len(args) == self.inputs
             and all(isinstance(a, Tensor) and a.dtype == torch.float32 and a.device.type == "cpu" for a in args)
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
@@ -84,27 +91,31 @@ class _Forward:
         if not self.checked:
             expected = type(self.module).forward(self.module, *args)
             self.checked = True
-            if not _close(result, expected):
+            self.spec = _pytree.tree_structure(expected)
+            if not _close(_pytree.tree_leaves(result), _pytree.tree_leaves(expected)):
                 self.dropped = True
                 self.report.parts.remove(self.part)
                 self.report.left.append((self.part.name, "for its captured form gave other results"))
                 return expected
-        return result
+        leaves = _pytree.tree_leaves(result)
+        if self.keep_strides and all(a.is_contiguous() for a in args):
+            leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return _pytree.tree_unflatten(leaves, self.spec)  # graphs know no classes of dictionaries
 
 
-def _close(result, expected) -> bool:
-    results, spec = _pytree.tree_flatten(result)
-    others, other_spec = _pytree.tree_flatten(expected)
-    if spec != other_spec:
+def _close(results: list, expected: list) -> bool:
+    if len(results) != len(expected):
         return False
-    for a, b in zip(results, others, strict=True):
-        if not isinstance(b, Tensor):
-            if a != b:
+    for a, b in zip(results, expected, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if a is not b and a != b:
                 return False
         elif a.shape != b.shape or a.dtype != b.dtype:
             return False
         elif b.numel():
             scale = b.double().abs().max()
-            if not torch.allclose(a.double(), b.double(), rtol=0, atol=float(scale) * TOLERANCE + 1e-30, equal_nan=True):
+            if not torch.allclose(
+                a.double(), b.double(), rtol=0, atol=float(scale) * TOLERANCE + 1e-30, equal_nan=True
+            ):
                 return False
     return True

@@ -79,7 +79,8 @@ def fuse(root: fx.GraphModule) -> tuple[int, int]:
                 break
             chain.append(user)
         name = f"fused_{count}"
-        root.add_submodule(name, FusedConv(modules[node.target], norm, activation, slope))
+        modules[name] = FusedConv(modules[node.target], norm, activation, slope)
+        root.add_submodule(name, modules[name])
         with graph.inserting_before(chain[-1]):
             call = graph.call_module(name, (node.args[0],) if residual is None else (node.args[0], residual))
         chain[-1].replace_all_uses_with(call)

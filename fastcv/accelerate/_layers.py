@@ -17,8 +17,8 @@ def channels_last(x: Tensor) -> Tensor:
 class FusedConv(nn.Module):
     """A convolution with the norm, addition and activation after it.
 
-    The norm is folded into the weights once, until one of the tensors changes. The layers are not registered as children:
-    their parameters belong to the model.
+    The norm is folded into the weights once, until one of the tensors changes. The layers are not registered as
+    children: their parameters belong to the model.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, activation: str, slope: float):
