@@ -34,6 +34,17 @@ def test_same_as_many_small_outputs(memory_format, channels):
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", [128, 130])
+def test_roi_pool_too(dtype, channels):
+    x, boxes = case(0, regions=1400, channels=channels)
+    whole, argmax = torch.ops.fastcv.roi_pool(x.to(dtype), boxes, 1.0, 7, 7)
+    assert whole.numel() * whole.element_size() >= 16 << 20
+    parts = [torch.ops.fastcv.roi_pool(x.to(dtype), part, 1.0, 7, 7) for part in boxes.split(50)]
+    assert torch.equal(whole, torch.cat([p[0] for p in parts]))
+    assert torch.equal(argmax, torch.cat([p[1] for p in parts]))
+
+
 def test_live_outputs_share_nothing_and_freed_ones_are_reused():
     first, second = (fastcv.ops.roi_align(*case(seed), 7) for seed in (1, 2))
     copy, place = first.clone(), first.data_ptr()

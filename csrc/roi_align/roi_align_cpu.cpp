@@ -23,9 +23,6 @@ void check_levels(const Levels& inputs, const std::vector<double>& scales) {
 // Packing the windows of few regions touches scattered memory; packing the whole map streams.
 constexpr int64_t kWindowPenalty = 2;
 
-// Outputs of this size leave the last-level cache before they are read again.
-constexpr int64_t kStreamBytes = int64_t(16) << 20;
-
 // Pixels that a region reads, as rows x columns, plus its taps.
 template <class W>
 int64_t window_scratch(const RoiTaps<W>& roi, const RoiGeometry& g, int64_t map_width) {
@@ -59,6 +56,14 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
     return;
   }
   const int64_t lanes = FASTCV_PICK(roi_align_block_channels<T>)(), blocks = (channels + lanes - 1) / lanes;
+  // Of all levels and images in one go, so that threads wait for each other once. A task is a block of channels of one
+  // level and image, or of one region where packing its window is cheaper than packing the map.
+  struct Group {
+    int64_t first, last, first_task;
+    bool windowed;
+  };
+  std::vector<Group> groups;
+  int64_t tasks = 0, most_scratch = 0;
   for (size_t group = 0; group + 1 < plan.group.size(); ++group) {
     const int64_t first = plan.group[group], last = plan.group[group + 1];
     if (first == last) continue;
@@ -70,20 +75,24 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
       largest = std::max(largest, window);
       window_pixels += window + 16 * (window / std::max<int64_t>(1, map.width));
     }
-    if (window_pixels * kWindowPenalty < pixels) {
-      parallel_dynamic((last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
-        const Scratch<A> scratch = allocate_scratch<A>((largest + 2 * bins) * lanes);
-        for (int64_t t = begin; t < end; ++t)
-          FASTCV_PICK(roi_align_windowed<T>)(task, first + t / blocks, t % blocks * lanes, scratch.get());
-      });
-      continue;
-    }
-    parallel_dynamic(blocks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch = allocate_scratch<A>((pixels + 2 * bins) * lanes);
-      for (int64_t block = begin; block < end; ++block)
-        FASTCV_PICK(roi_align_packed<T>)(task, first, last, block * lanes, scratch.get());
-    });
+    const bool windowed = window_pixels * kWindowPenalty < pixels;
+    groups.push_back({first, last, tasks, windowed});
+    tasks += (windowed ? last - first : 1) * blocks;
+    most_scratch = std::max(most_scratch, (windowed ? largest : pixels) + 2 * bins);
   }
+  parallel_dynamic(tasks, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch = allocate_scratch<A>(most_scratch * lanes);
+    for (int64_t t = begin; t < end; ++t) {
+      size_t k = groups.size() - 1;
+      while (groups[k].first_task > t) --k;
+      const int64_t i = groups[k].first + (t - groups[k].first_task) / blocks;
+      const int64_t channel = (t - groups[k].first_task) % blocks * lanes;
+      if (groups[k].windowed)
+        FASTCV_PICK(roi_align_windowed<T>)(task, i, channel, scratch.get());
+      else
+        FASTCV_PICK(roi_align_packed<T>)(task, groups[k].first, groups[k].last, channel, scratch.get());
+    }
+  });
 }
 
 Tensor run_forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g) {

@@ -45,6 +45,7 @@ struct RoiPoolForward {
   T* output;        // [K, C, PH, PW]
   int32_t* argmax;  // the same: y * W + x, -1 where a bin has no pixel
   int64_t stride_roi, stride_c, stride_bin;
+  bool stream;  // the output is contiguous and larger than the caches
 };
 template <class T>
 struct RoiPoolBackward {
@@ -63,7 +64,7 @@ FASTCV_EACH_ISA(
     // Regions begin <= i < end on a channels-last map.
     template <class T> void roi_pool_channels_last(const RoiPoolForward<T>& task, int64_t begin, int64_t end);
     // Regions begin <= i < end, all of one image, one block of channels of which the rows [first_row, end_row) are packed;
-    // scratch: (rows * width + 2 * bins) * block channels.
+    // scratch: (rows * width + 3 * bins) * block channels.
     template <class T> void roi_pool_packed(const RoiPoolForward<T>& task, int64_t begin, int64_t end, int64_t channel,
                                             int64_t first_row, int64_t end_row, accumulate_t<T>* scratch);
     // Write the gradient of one image from its regions begin <= i < end: planes first <= c < last of a contiguous one, or

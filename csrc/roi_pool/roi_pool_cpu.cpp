@@ -91,7 +91,7 @@ void forward(const RoiPoolForward<T>& task, const PoolPlan& plan) {
     const bool together = rows > all.end - all.begin;
     const int64_t groups = last == first ? 0 : together ? 1 : last - first;
     parallel_dynamic(groups * blocks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch = allocate_scratch<A>(((all.end - all.begin) * task.map.width + 2 * bins) * lanes);
+      const Scratch<A> scratch = allocate_scratch<A>(((all.end - all.begin) * task.map.width + 3 * bins) * lanes);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t i = first + t / blocks;
         const PixelRange span = together ? all : row_span(plan.regions[i], task.pooled_height);
@@ -115,7 +115,9 @@ std::tuple<Tensor, Tensor> roi_pool_cpu(const Tensor& input, const Tensor& boxes
     using T = decltype(zero);
     forward(RoiPoolForward<T>{feature_map<const T>(input), pool.regions.data(), pooled_height, pooled_width,
                               mutable_data<T>(output), mutable_data<int32_t>(argmax), output.stride(0),
-                              output.stride(1), output.stride(3)},
+                              output.stride(1), output.stride(3),
+                              output.stride(1) == pooled_height * pooled_width &&
+                                  output.numel() * int64_t(sizeof(T)) >= kStreamBytes},
             pool);
   });
   return {output, argmax};

@@ -93,6 +93,17 @@ void bin_tail(const RoiPoolForward<T>& task, const T* features, PixelRange rows,
   }
 }
 
+// A tile [bins][L] to the output of a region, past the caches where that is contiguous and larger than they.
+template <class T, class A, class S>
+void unpack_to(const RoiPoolForward<T>& task, const A* tile, int64_t bins, int channels, void* staged, S* target) {
+  if (task.stream) {
+    unpack(tile, bins, channels, static_cast<S*>(staged), bins, 1);
+    stream_copy(target, staged, channels * bins * int64_t(sizeof(S)));
+  } else {
+    unpack(tile, bins, channels, target, task.stride_c, task.stride_bin);
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -124,6 +135,7 @@ void roi_pool_packed(const RoiPoolForward<T>& task, int64_t begin, int64_t end, 
          scratch + (y - first_row) * map.width * L);
   Acc<T>* const values = scratch + (end_row - first_row) * map.width * L;  // [bins][L]
   int32_t* const positions = reinterpret_cast<int32_t*>(values + bins * L);
+  Acc<T>* const staged = values + 2 * bins * L;
   const Acc<T>* const image = scratch - first_row * map.width * L;
   for (int64_t i = begin; i < end; ++i) {
     const PoolRegion& region = task.regions[i];
@@ -136,16 +148,17 @@ void roi_pool_packed(const RoiPoolForward<T>& task, int64_t begin, int64_t end, 
         store_positions<Acc<T>>(positions + bin * L, best[0].position, L);
       }
     const int64_t at = region.row * task.stride_roi + channel * task.stride_c;
-    unpack(values, bins, channels, task.output + at, task.stride_c, task.stride_bin);
+    unpack_to(task, values, bins, channels, staged, task.output + at);
     if constexpr (sizeof(Acc<T>) == sizeof(int32_t)) {  // moved as they are, like floats
-      unpack(reinterpret_cast<const float*>(positions), bins, channels, reinterpret_cast<float*>(task.argmax + at),
-             task.stride_c, task.stride_bin);
+      unpack_to(task, reinterpret_cast<const float*>(positions), bins, channels, staged,
+                reinterpret_cast<float*>(task.argmax + at));
     } else {
       for (int c = 0; c < channels; ++c)
         for (int64_t b = 0; b < bins; ++b)
           task.argmax[at + c * task.stride_c + b * task.stride_bin] = positions[b * L + c];
     }
   }
+  if (task.stream) stream_end();
 }
 
 template <class T>
