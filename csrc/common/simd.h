@@ -25,6 +25,7 @@
 #endif
 
 #define FASTCV_INLINE inline __attribute__((always_inline))
+#define FASTCV_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastcv {
 

@@ -17,12 +17,13 @@ struct Conv2dShape {
   int64_t images, channels, height, width;
   int64_t out_channels, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  bool input_norm = false;  // the input is relu(x * scale + shift), as Conv2d has them; of gemm only
 
   __attribute__((always_inline)) int64_t group_channels() const { return channels / groups; }
   __attribute__((always_inline)) int64_t group_outputs() const { return out_channels / groups; }
 };
 
-enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid };
+enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu };
 
 // [N, H, W, C], strides in elements; stride_x >= C, and channels are 1 apart.
 template <class T>
@@ -46,6 +47,7 @@ struct Conv2d {
   PixelMap<float> output;
   Activation activation;
   float slope;  // of leaky_relu
+  const float *input_scale, *input_shift;  // [channels], where shape.input_norm
 };
 
 }  // namespace fastcv

@@ -1,50 +1,15 @@
 // Tensor shells of conv2d: checks, memory formats, the choice of kernel, threads.
-#include "conv2d.h"
-
-#include <string>
+#include "conv2d_kernels.h"
 
 #include "../common/stable.h"
 
 namespace fastcv {
 namespace {
 
-struct Kernel {
-  int64_t number;  // in fastcv.ops.conv2d.KERNELS
-  const char* name;
-  int64_t (*weights)(const Conv2dShape&);
-  void (*prepare)(const Conv2dShape&, const float*, float*);
-  int64_t (*tasks)(const Conv2dShape&);
-  int64_t (*scratch)(const Conv2dShape&);
-  void (*run)(const Conv2d&, int64_t, int64_t, float*);
-  bool (*serves)(const Conv2dShape&);
-};
-
-#define FASTCV_KERNEL(number, name, serves)                                                                              \
-  Kernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                        \
-         FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
-
-bool is_winograd(const Conv2dShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1;
-}
-
-bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
-
-// In the order of preference: the first that serves a shape is chosen.
-const std::vector<Kernel>& kernels() {
-  static const std::vector<Kernel> all{
-      FASTCV_KERNEL(2, depthwise, is_depthwise),
-      FASTCV_KERNEL(3, grouped, FASTCV_PICK(conv2d_grouped_serves)),
-      FASTCV_KERNEL(1, winograd, is_winograd),
-      FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
-  };
-  return all;
-}
-
-const Kernel& kernel_for(const std::string& name, const Conv2dShape& shape) {
-  for (const Kernel& kernel : kernels())
-    if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) return kernel;
-  STD_TORCH_CHECK(false, "kernel: \"", name, "\" does not serve this convolution, or does not exist");
+const Conv2dKernel& kernel_for(const std::string& name, const Conv2dShape& shape) {
+  const Conv2dKernel* kernel = conv2d_kernel(name, shape);
+  STD_TORCH_CHECK(kernel, "kernel: \"", name, "\" does not serve this convolution, or does not exist");
+  return *kernel;
 }
 
 Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, const std::vector<int64_t>& stride,
@@ -62,11 +27,7 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, 
                   "weight: expected [K, ", s.channels, " / groups, KH, KW] with K a multiple of groups (", groups, ")");
   STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.pad_h >= 0 && s.pad_w >= 0,
                   "stride, dilation: expected positive numbers; padding: numbers that are not negative");
-  s.out_height = (s.height + 2 * s.pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
-  s.out_width = (s.width + 2 * s.pad_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
-  STD_TORCH_CHECK(s.height + 2 * s.pad_h >= s.dilation_h * (s.kernel_h - 1) + 1 &&
-                      s.width + 2 * s.pad_w >= s.dilation_w * (s.kernel_w - 1) + 1,
-                  "input: ", s.height, " x ", s.width, " with its padding is smaller than the kernel");
+  STD_TORCH_CHECK(set_output_size(s), "input: ", s.height, " x ", s.width, " with its padding is smaller than the kernel");
   return s;
 }
 
@@ -87,8 +48,8 @@ Tensor with_channels_last(const Tensor& t) {
 }
 
 Activation activation_of(const std::string& name) {
-  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid"};
-  for (int i = 0; i < 8; ++i)
+  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu"};
+  for (int i = 0; i < 9; ++i)
     if (name == names[i]) return Activation(i);
   STD_TORCH_CHECK(false, "activation: \"", name, "\" is unknown");
 }
@@ -105,7 +66,7 @@ Tensor conv2d_prepare_cpu(const Tensor& weight, int64_t groups, const std::vecto
   std::vector<int64_t> input{1, weight.size(1) * groups, 0, 0};
   for (int i = 0; i < 2; ++i) input[2 + i] = std::max<int64_t>(1, dilation.at(i) * (weight.size(2 + i) - 1) + 1);
   const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
-  const Kernel& kernel = kernel_for(kernel_name, shape);
+  const Conv2dKernel& kernel = kernel_for(kernel_name, shape);
   const Tensor contiguous = as_contiguous(weight, ScalarType::Float);
   Tensor prepared = empty_cpu({kernel.weights(shape)}, ScalarType::Float);
   kernel.prepare(shape, data<float>(contiguous), mutable_data<float>(prepared));
@@ -121,7 +82,7 @@ Tensor conv2d_cpu(const Tensor& input_any, const Tensor& weight, const std::opti
   STD_TORCH_CHECK(input_any.dim() == 4, "input: expected shape [N, C, H, W]");
   const Conv2dShape shape = make_shape({input_any.size(0), input_any.size(1), input_any.size(2), input_any.size(3)}, weight,
                                        stride, padding, dilation, groups);
-  const Kernel& kernel = kernel_for(kernel_name, shape);
+  const Conv2dKernel& kernel = kernel_for(kernel_name, shape);
   const Tensor prepared = prepared_or_none
                               ? *prepared_or_none
                               : conv2d_prepare_cpu(weight, groups, stride, padding, dilation, kernel.name);

@@ -8,6 +8,18 @@ namespace fastcv::FASTCV_ISA {
 
 FASTCV_INLINE Vec<float> sigmoid(Vec<float> x) { return 1.0f / (1.0f + exp(-x, 0.0f)); }
 
+// x Phi(x), with the complementary error function as t exp(p(t) - z^2), t = 1 / (1 + z / 2); the polynomial is a fit to
+// Chebyshev nodes, with a relative error of 3e-7 for all z >= 0.
+FASTCV_INLINE Vec<float> gelu(Vec<float> x) {
+  const Vec<float> z = (x < 0 ? -x : x) * 0.70710678f, t = 1.0f / fma(z, broadcast(0.5f), broadcast(1.0f));
+  constexpr float c[] = {-0.80924004f, 1.43743849f, -1.04121673f, 0.181444f,   -0.12539761f,
+                         0.07356514f,  0.37931883f, 0.99939358f,  -1.26548123f};
+  Vec<float> p = broadcast(0.17017582f);
+  for (int i = 0; i < 9; ++i) p = fma(p, t, broadcast(c[i]));
+  const Vec<float> tail = t * exp(fma(-z, z, p), 0.0f) * 0.5f;  // Phi(-|x|)
+  return x * (x < 0 ? tail : 1.0f - tail);
+}
+
 FASTCV_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
   return min(broadcast(high), max(broadcast(low), x));  // in this order NaN stays NaN
 }
@@ -22,6 +34,7 @@ FASTCV_INLINE Vec<float> activate(Vec<float> x, Activation activation, float slo
     case Activation::hardswish: return x * (clamp(x + 3.0f, 0, 6) / 6.0f);
     case Activation::hardsigmoid: return clamp(x + 3.0f, 0, 6) / 6.0f;
     case Activation::sigmoid: return sigmoid(x);
+    case Activation::gelu: return gelu(x);
   }
   return x;
 }

@@ -42,7 +42,7 @@ Plan make_plan(const Conv2dShape& s) {
   Plan p{};
   const int64_t channels = s.group_channels();
   p.depth = s.kernel_h * s.kernel_w * channels;
-  p.in_place = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+  p.in_place = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0 && !s.input_norm;
   p.flat = p.in_place && s.stride_h == 1 && s.stride_w == 1;
   const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
   // Input elements for each output pixel, about.
@@ -142,6 +142,17 @@ FASTCV_INLINE void copy(const float* from, int64_t n, float* to) {
   if (i < n) store_first(to + i, load_first(from + i, int(n - i)), int(n - i));
 }
 
+// relu(x * scale + shift) for the channels of a pixel.
+FASTCV_INLINE void copy_normed(const float* from, int64_t n, const float* scale, const float* shift, float* to) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(to + i, max(Vec<float>{}, fma(load(from + i), load(scale + i), load(shift + i))));
+  if (i < n) {
+    const int m = int(n - i);
+    const Vec<float> x = fma(load_first(from + i, m), load_first(scale + i, m), load_first(shift + i, m));
+    store_first(to + i, max(Vec<float>{}, x), m);
+  }
+}
+
 // The input of a block of output pixels from (y0, x0): [strip_h][strip_w][channels of the group], zero outside the map.
 void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group, int64_t y0, int64_t x0, float* strip) {
   const Conv2dShape& s = conv.shape;
@@ -156,7 +167,11 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
     }
     const float* from = conv.input.data + image * conv.input.stride_n + y * conv.input.stride_y + group * channels;
     memset(row, 0, size_t(first * channels) * sizeof(float));
-    if (conv.input.stride_x == channels) {
+    if (s.input_norm) {
+      for (int64_t x = first; x < last; ++x)
+        copy_normed(from + (left + x) * conv.input.stride_x, channels, conv.input_scale + group * channels,
+                    conv.input_shift + group * channels, row + x * channels);
+    } else if (conv.input.stride_x == channels) {
       memcpy(row + first * channels, from + (left + first) * channels, size_t((last - first) * channels) * sizeof(float));
     } else {
       for (int64_t x = first; x < last; ++x)

@@ -1,8 +1,9 @@
 """``fastcv.accelerate(model)``: somebody's model, on fastcv's kernels.
 
-Every maximal part of the model that can be traced (no control flow that depends on data) is captured as a graph, in
-which convolutions take up the batch norm, addition and activation after them. Parts that cannot be traced keep their
-Python, and their children are looked at one by one. What was done is in the report.
+Every maximal part of the model that can be traced (no control flow that depends on data) is captured as a graph
+(:mod:`_capture`), written as steps of a program (:mod:`_lower`, :mod:`_handlers`), shortened (:mod:`_passes`), and run
+by ``csrc/program`` in one call. Parts that cannot be traced keep their Python, and their children are looked at one by
+one. What was done is in the report.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 
 from torch import nn
 
+from .._library import cpu_loaded
 from ._capture import capture
 from ._report import Report
 
@@ -21,9 +23,9 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The same model for inference, faster on the CPU in float32.
 
     Args:
-        model: any module. Its parameters stay where they are and may be changed (``load_state_dict``); modules with
-            hooks, and what cannot be traced, run as before.
-        inplace: change ``model`` itself; otherwise it is left as it is, and parameters are copied.
+        model: any module. Modules with hooks, and what cannot be traced, run as before.
+        inplace: change ``model`` itself; otherwise it is left as it is, and the result shares its parameters. They may
+            be changed (``load_state_dict``): what was prepared from them is made again at the next call.
 
     Returns:
         A module in evaluation mode with the same class, attributes, state dict and outputs (to rounding), and the
@@ -37,18 +39,23 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         >>> import torch, fastcv
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> fast = fastcv.accelerate(model)
-        >>> print(fast.fastcv_report)
-        (the model): 1 convolution, with 2 layers after it
         >>> with torch.inference_mode():
         ...     fast(torch.zeros(1, 3, 8, 8)).shape
         torch.Size([1, 8, 6, 6])
+        >>> print(fast.fastcv_report)
+        (the model): 1 program with 1 convolution, 2 layers fused
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
-        model = copy.deepcopy(model)
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        model = copy.deepcopy(model, shared)
     model.eval()
     report = Report()
+    if not cpu_loaded:
+        report.left.append(("", "for fastcv's compiled kernels are not there"))
+        model.fastcv_report = report
+        return model
     # torchvision's own code takes results in any memory format.
     capture(model, "", report, keep_strides=not type(model).__module__.startswith("torchvision."))
     model.fastcv_report = report

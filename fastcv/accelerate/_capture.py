@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from threading import RLock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
-from ._fuse import fuse, has_hooks, is_norm, is_plain_conv
+from ._lower import Untraceable, lower
+from ._modules import has_hooks, is_norm, is_plain_conv
 from ._report import Part, Report
 
 TOLERANCE = 1e-4  # of the largest output, between a part and its captured form, on its first input
@@ -38,11 +41,9 @@ def capture(module: nn.Module, name: str, report: Report, keep_strides: bool) ->
         for child_name, child in children.items():
             capture(child, f"{name}.{child_name}".lstrip("."), report, keep_strides)
         return
-    convolutions, taken = fuse(captured)
-    if convolutions:
-        part = Part(name, convolutions, taken)
-        report.parts.append(part)
-        module.forward = _Forward(module, captured, part, report, keep_strides)
+    part = Part(name)
+    report.parts.append(part)
+    module.forward = _Forward(module, captured, part, report, keep_strides)
 
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:
@@ -62,11 +63,30 @@ def _trace(module: nn.Module) -> fx.GraphModule | str:
         return f"for it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
 
+def _note_shapes(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
+    """Shape and dtype of every tensor in the graph for these inputs, as ``meta``; nothing is computed."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    class Noting(fx.Interpreter):
+        def run_node(self, node: fx.Node):
+            result = super().run_node(node)
+            if isinstance(result, Tensor):
+                node.meta.update(shape=tuple(result.shape), dtype=result.dtype)
+            else:
+                leaves = _pytree.tree_leaves(result)
+                node.meta["plain"] = not any(isinstance(leaf, Tensor) for leaf in leaves)
+            return result
+
+    with torch.inference_mode(False), torch.no_grad(), mode:
+        Noting(graph).run(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs))
+
+
 class _Forward:
     """Stands in a module's ``forward``: the captured part where it applies, else what the class defines.
 
-    The first result is compared with that of the module as it was: tracing cannot see decisions by type or by value. A
-    part that differs is dropped, and the report says so.
+    The part is lowered at the first call, whose shapes tell vectors from maps. The first result is compared with that
+    of the module as it was: tracing cannot see decisions by type or by value. A part that differs is dropped, and the
+    report says so.
     """
 
     def __init__(self, module: nn.Module, captured: fx.GraphModule, part: Part, report: Report, keep_strides: bool):
@@ -74,8 +94,15 @@ class _Forward:
         self.keep_strides = keep_strides
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.inputs = sum(p.default is p.empty for p in parameters) - 1  # without self; others keep their defaults
-        self.checked = self.dropped = False
+        self.checked = self.dropped = self.entered = False
+        self.lock = RLock()
         self.spec: _pytree.TreeSpec | None = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, lock=RLock())
 
     def __call__(self, *args, **kwargs):
         applies = (
@@ -87,20 +114,51 @@ class _Forward:
         )
         if not applies:
             return type(self.module).forward(self.module, *args, **kwargs)
-        result = self.captured(*args)
         if not self.checked:
-            expected = type(self.module).forward(self.module, *args)
-            self.checked = True
-            self.spec = _pytree.tree_structure(expected)
-            if not _close(_pytree.tree_leaves(result), _pytree.tree_leaves(expected)):
-                self.dropped = True
-                self.report.parts.remove(self.part)
-                self.report.left.append((self.part.name, "for its captured form gave other results"))
-                return expected
+            with self.lock:
+                if self.entered:  # a part that is one layer calls itself while its graph is looked at
+                    return type(self.module).forward(self.module, *args)
+                if not self.checked:
+                    return self._first(args)
+            return self(*args)
+        return self._restored(self.captured(*args), args)
+
+    def _restored(self, result, args):
         leaves = _pytree.tree_leaves(result)
         if self.keep_strides and all(a.is_contiguous() for a in args):
             leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return _pytree.tree_unflatten(leaves, self.spec)  # graphs know no classes of dictionaries
+
+    def _first(self, args):
+        expected = type(self.module).forward(self.module, *args)
+        self.spec = _pytree.tree_structure(expected)
+        self.entered = True
+        try:
+            why = self._lower(args)
+        finally:
+            self.entered = False
+        if why is None:
+            result = self.captured(*args)
+            if not _close(_pytree.tree_leaves(result), _pytree.tree_leaves(expected)):
+                why = "for its captured form gave other results"
+        if why is not None:
+            self.dropped = True
+            self.report.parts.remove(self.part)
+            self.report.left.append((self.part.name, why))
+        self.checked = True
+        return expected
+
+    def _lower(self, args) -> str | None:
+        """Why not, where it cannot be."""
+        if any(t.is_inference() for t in (*self.module.parameters(), *self.module.buffers())):
+            return "for its weights were made in inference mode, where nobody can see whether they change"
+        try:
+            _note_shapes(self.captured, args)
+            self.captured, programs = lower(self.captured)
+        except Untraceable as error:
+            return f"for {error}"
+        self.part.add(programs, self.captured)
+        return None
 
 
 def _close(results: list, expected: list) -> bool:

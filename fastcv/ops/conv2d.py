@@ -11,6 +11,8 @@ changed: an optimiser's step or ``load_state_dict`` is noticed (by ``Tensor._ver
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -62,7 +64,7 @@ def conv2d(
             yourself where they do not change.
         residual: of the output's shape, added before the activation.
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
-            ``"hardsigmoid"`` or ``"sigmoid"``.
+            ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
         negative_slope: of ``"leaky_relu"``.
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"winograd"`` (3x3, stride 1),
             ``"depthwise"``, ``"grouped"`` or ``"torch"``.
@@ -206,6 +208,8 @@ def _slope_of(activation: str, x: Tensor, slope: float) -> Tensor | float:
         return ((x > -3) & (x < 3)).to(x.dtype) / 6
     if activation == "hardswish":
         return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5))
+    if activation == "gelu":
+        return torch.special.ndtr(x) + x * (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
     s = x.sigmoid()
     return s * (1 - s) if activation == "sigmoid" else s * (1 + x * (1 - s))
 

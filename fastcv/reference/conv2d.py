@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "hardswish": lambda x, slope: F.hardswish(x),
     "hardsigmoid": lambda x, slope: F.relu6(x + 3) / 6,  # F.hardsigmoid has no second derivative
     "sigmoid": lambda x, slope: x.sigmoid(),
+    "gelu": lambda x, slope: F.gelu(x),
 }
 
 

@@ -1,0 +1,44 @@
+#include "conv2d_kernels.h"
+
+namespace fastcv {
+namespace {
+
+#define FASTCV_KERNEL(number, name, serves)                                                                              \
+  Conv2dKernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                  \
+               FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
+
+bool is_winograd(const Conv2dShape& s) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.groups == 1;
+}
+
+bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
+
+// In the order of preference: the first that serves a shape is chosen.
+const std::vector<Conv2dKernel>& kernels() {
+  static const std::vector<Conv2dKernel> all{
+      FASTCV_KERNEL(2, depthwise, is_depthwise),
+      FASTCV_KERNEL(3, grouped, FASTCV_PICK(conv2d_grouped_serves)),
+      FASTCV_KERNEL(1, winograd, is_winograd),
+      FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
+  };
+  return all;
+}
+
+}  // namespace
+
+const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape) {
+  for (const Conv2dKernel& kernel : kernels())
+    if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) return &kernel;
+  return nullptr;
+}
+
+bool set_output_size(Conv2dShape& s) {
+  const int64_t reach_h = s.dilation_h * (s.kernel_h - 1) + 1, reach_w = s.dilation_w * (s.kernel_w - 1) + 1;
+  if (s.height + 2 * s.pad_h < reach_h || s.width + 2 * s.pad_w < reach_w) return false;
+  s.out_height = (s.height + 2 * s.pad_h - reach_h) / s.stride_h + 1;
+  s.out_width = (s.width + 2 * s.pad_w - reach_w) / s.stride_w + 1;
+  return true;
+}
+
+}  // namespace fastcv

@@ -1,0 +1,28 @@
+// The kernels of conv2d, as a table: which serve a shape, and which of them is chosen.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "conv2d.h"
+
+namespace fastcv {
+
+struct Conv2dKernel {
+  int64_t number;  // in fastcv.ops.conv2d.KERNELS
+  const char* name;
+  int64_t (*weights)(const Conv2dShape&);
+  void (*prepare)(const Conv2dShape&, const float*, float*);
+  int64_t (*tasks)(const Conv2dShape&);
+  int64_t (*scratch)(const Conv2dShape&);
+  void (*run)(const Conv2d&, int64_t, int64_t, float*);
+  bool (*serves)(const Conv2dShape&);
+};
+
+// The named kernel, or for "auto" the one that is fastest on the shape; null where none serves it.
+const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape);
+
+// Output sizes from the others; false where the padded input is smaller than the kernel.
+bool set_output_size(Conv2dShape& shape);
+
+}  // namespace fastcv

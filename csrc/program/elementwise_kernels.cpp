@@ -1,0 +1,136 @@
+// Steps that compute each output pixel from the same pixel of their inputs. Memory bounds them: they are bands of rows,
+// one vector of channels after the other.
+#include "steps_tasks.h"
+
+namespace fastcv::FASTCV_ISA {
+namespace {
+
+constexpr int L = kLanes<float>;
+
+// f(x, c, n, image) of every vector of the input.
+template <class F>
+FASTCV_INLINE void map_pixels(const StepTask& t, int64_t begin, int64_t end, const F& f) {
+  each_row(t.out, begin, end, [&](int64_t image, int64_t y) FASTCV_INLINE_LAMBDA {
+    const float* a = pixel(t.a, image, y, 0);
+    float* out = pixel(t.y, image, y, 0);
+    for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, out += t.y.stride_x)
+      each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_n(out + c, f(load_n(a + c, n), c, n), n); });
+  });
+}
+
+// The second input has the size of the first, or one pixel for each image.
+template <class F>
+FASTCV_INLINE void combine(const StepTask& t, int64_t begin, int64_t end, const F& f) {
+  const bool one = t.in2.h == 1 && t.in2.w == 1;
+  const int64_t step = one ? 0 : t.b.stride_x;
+  each_row(t.out, begin, end, [&](int64_t image, int64_t y) FASTCV_INLINE_LAMBDA {
+    const float *a = pixel(t.a, image, y, 0), *b = pixel(t.b, image, one ? 0 : y, 0);
+    float* out = pixel(t.y, image, y, 0);
+    for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, b += step, out += t.y.stride_x)
+      each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
+        store_n(out + c, activate(f(load_n(a + c, n), load_n(b + c, n)), t.activation, t.slope), n);
+      });
+  });
+}
+
+void copy_channels(const float* from, int64_t n, float* to) {
+  each_vector(n, [&](int64_t c, int m) FASTCV_INLINE_LAMBDA { store_n(to + c, load_n(from + c, m), m); });
+}
+
+// Sum of f over the channels of a pixel.
+template <class F>
+FASTCV_INLINE float sum_channels(const float* p, int64_t channels, const F& f) {
+  Vec<float> sum{};
+  each_vector(channels, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
+    Vec<float> value = f(load_n(p + c, n));
+    if (n < L) {
+      float lanes[L] = {};
+      store_first(lanes, value, n);
+      value = load(lanes);
+    }
+    sum += value;
+  });
+  float total = 0;
+  for (int i = 0; i < L; ++i) total += sum[i];
+  return total;
+}
+
+}  // namespace
+
+int64_t step_add_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_add(const StepTask& t, int64_t begin, int64_t end) {
+  combine(t, begin, end, [](Vec<float> a, Vec<float> b) FASTCV_INLINE_LAMBDA { return a + b; });
+}
+
+int64_t step_mul_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_mul(const StepTask& t, int64_t begin, int64_t end) {
+  combine(t, begin, end, [](Vec<float> a, Vec<float> b) FASTCV_INLINE_LAMBDA { return a * b; });
+}
+
+int64_t step_activate_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_activate(const StepTask& t, int64_t begin, int64_t end) {
+  map_pixels(t, begin, end, [&](Vec<float> x, int64_t, int) FASTCV_INLINE_LAMBDA { return activate(x, t.activation, t.slope); });
+}
+
+int64_t step_affine_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_affine(const StepTask& t, int64_t begin, int64_t end) {
+  map_pixels(t, begin, end, [&](Vec<float> x, int64_t c, int n) FASTCV_INLINE_LAMBDA {
+    return activate(fma(x, load_n(t.scale + c, n), load_n(t.shift + c, n)), t.activation, t.slope);
+  });
+}
+
+int64_t step_copy_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_copy(const StepTask& t, int64_t begin, int64_t end) {
+  map_pixels(t, begin, end, [](Vec<float> x, int64_t, int) FASTCV_INLINE_LAMBDA { return x; });
+}
+
+int64_t step_interleave_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_interleave(const StepTask& t, int64_t begin, int64_t end) {
+  each_row(t.out, begin, end, [&](int64_t image, int64_t y) {
+    const float *a = pixel(t.a, image, y, 0), *b = pixel(t.b, image, y, 0);
+    float* out = pixel(t.y, image, y, 0);
+    for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, b += t.b.stride_x, out += t.y.stride_x)
+      for (int64_t c = 0; c < t.in.c; ++c) out[2 * c] = a[c], out[2 * c + 1] = b[c];
+  });
+}
+
+// Tasks are images.
+int64_t step_flatten_tasks(const StepTask& t) { return t.in.n; }
+void step_flatten(const StepTask& t, int64_t begin, int64_t end) {
+  const int64_t pixels = t.in.h * t.in.w;
+  for (int64_t image = begin; image < end; ++image) {
+    float* out = pixel(t.y, image, 0, 0);
+    if (pixels == 1) {
+      copy_channels(pixel(t.a, image, 0, 0), t.in.c, out);
+      continue;
+    }
+    for (int64_t c0 = 0; c0 < t.in.c; c0 += L)  // lines of the input are read once
+      for (int64_t y = 0; y < t.in.h; ++y)
+        for (int64_t x = 0; x < t.in.w; ++x)
+          for (int64_t c = c0; c < step_min(t.in.c, c0 + L); ++c)
+            out[c * pixels + y * t.in.w + x] = pixel(t.a, image, y, x)[c];
+  }
+}
+
+int64_t step_layer_norm_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_layer_norm(const StepTask& t, int64_t begin, int64_t end) {
+  const float channels = float(t.in.c);
+  each_row(t.out, begin, end, [&](int64_t image, int64_t y) {
+    const float* a = pixel(t.a, image, y, 0);
+    float* out = pixel(t.y, image, y, 0);
+    for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, out += t.y.stride_x) {
+      const float mean = sum_channels(a, t.in.c, [](Vec<float> v) FASTCV_INLINE_LAMBDA { return v; }) / channels;
+      const float squares =
+          sum_channels(a, t.in.c, [&](Vec<float> v) FASTCV_INLINE_LAMBDA { return (v - mean) * (v - mean); });
+      const float inverse = 1.0f / __builtin_sqrtf(squares / channels + t.eps);
+      each_vector(t.in.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
+        Vec<float> v = (load_n(a + c, n) - mean) * inverse;
+        if (t.scale) v = v * load_n(t.scale + c, n);
+        if (t.shift) v = v + load_n(t.shift + c, n);
+        store_n(out + c, v, n);
+      });
+    }
+  });
+}
+
+}  // namespace fastcv::FASTCV_ISA

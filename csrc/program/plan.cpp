@@ -1,0 +1,78 @@
+// From a program and the sizes of its inputs to a plan: extents, places, kernels.
+#include <algorithm>
+
+#include "program.h"
+#include "run.h"
+
+namespace fastcv::program {
+namespace {
+
+#define FASTCV_STEP(name) StepKernel{#name, FASTCV_PICK(step_##name##_tasks), FASTCV_PICK(step_##name)}
+
+StepKernel step_kernel(Op op) {
+  switch (op) {
+    case Op::max_pool: return FASTCV_STEP(max_pool);
+    case Op::avg_pool: return FASTCV_STEP(avg_pool);
+    case Op::adaptive_avg_pool: return FASTCV_STEP(adaptive_avg_pool);
+    case Op::add: return FASTCV_STEP(add);
+    case Op::mul: return FASTCV_STEP(mul);
+    case Op::activate: return FASTCV_STEP(activate);
+    case Op::affine: return FASTCV_STEP(affine);
+    case Op::interleave: return FASTCV_STEP(interleave);
+    case Op::flatten: return FASTCV_STEP(flatten);
+    case Op::resize: return FASTCV_STEP(resize);
+    case Op::layer_norm: return FASTCV_STEP(layer_norm);
+    default: return FASTCV_STEP(copy);
+  }
+}
+
+}  // namespace
+
+const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const Conv2dShape& shape) {
+  const std::lock_guard lock(mutex_);
+  auto& kept = prepared_[{&kernel, s.weights[0], s.weights[2], shape.groups}];
+  if (!kept) {
+    const Weight& weight = weights[size_t(s.weights[0])];
+    const float *scale = s.weight(*this, 2), *from = weight.data;
+    std::vector<float> scaled;
+    if (scale) {
+      const int64_t row = shape.group_channels() * shape.kernel_h * shape.kernel_w;
+      scaled.resize(size_t(shape.out_channels * row));
+      for (int64_t k = 0; k < shape.out_channels; ++k)
+        for (int64_t i = 0; i < row; ++i) scaled[size_t(k * row + i)] = from[k * row + i] * scale[k];
+      from = scaled.data();
+    }
+    const size_t bytes = (size_t(kernel.weights(shape)) * sizeof(float) + 127) / 64 * 64;
+    kept.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!kept) throw std::bad_alloc();
+    kernel.prepare(shape, from, kept.get());
+  }
+  return kept.get();
+}
+
+Plan make_plan(Program& program, const std::vector<Extent>& inputs) {
+  Plan plan;
+  plan.extents = inputs;
+  plan.extents.resize(size_t(program.values));
+  for (const Step& step : program.steps) plan.extents[size_t(step.output)] = output_extent(program, step, plan.extents);
+  place_values(program, plan);
+  for (PlannedStep& planned : plan.steps) {
+    if (planned.copy_from >= 0) {
+      planned.other = step_kernel(Op::cat);
+    } else if (program.steps[planned.step].op == Op::conv) {
+      planned.shape = conv_shape(program, program.steps[planned.step], plan.extents);
+      planned.conv = conv2d_kernel(program.steps[planned.step].weight(program, 3) ? "gemm" : "auto", planned.shape);
+      planned.weight = program.prepared(program.steps[planned.step], *planned.conv, planned.shape);
+      plan.scratch = std::max(plan.scratch, planned.conv->scratch(planned.shape));
+    } else {
+      planned.other = step_kernel(program.steps[planned.step].op);
+    }
+    const BoundStep bound = bind_step(program, plan, planned, Pointers{});
+    planned.tasks = planned.conv ? planned.conv->tasks(planned.shape) : planned.other.tasks(bound.task);
+    const Extent& in = plan.extents[size_t(planned.copy_from >= 0 ? planned.copy_from : program.steps[planned.step].inputs[0])];
+    if (in.n * in.c * in.h * in.w == 0) planned.tasks = 0;
+  }
+  return plan;
+}
+
+}  // namespace fastcv::program

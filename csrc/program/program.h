@@ -1,0 +1,112 @@
+// A static part of a network as a list of steps, run in one call: no Python and no dispatcher between layers, memory
+// planned once for each shape of the inputs.
+//
+//     Program    what is computed: steps over numbered values, with weights. Knows no sizes.
+//     Plan       a program for inputs of certain sizes: the extent and place of every value, the kernel of every step.
+//     bind, run  a plan with pointers: threads go through the steps together (run.h).
+//
+// Values are float32 maps, channels-last; vectors [N, C] are maps of one pixel. This is the pointer world, without torch.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../conv2d/conv2d_kernels.h"
+#include "steps.h"
+
+namespace fastcv::program {
+
+// Numbers are those of fastcv.accelerate._program.OPS.
+enum class Op : int64_t {
+  conv,               // input, [residual]; weight, [bias], [scale of outputs], [scale, shift of inputs]
+  max_pool,           // input
+  avg_pool,           // input
+  adaptive_avg_pool,  // input
+  add,                // two inputs of one size, or the second of one pixel
+  mul,                // the same
+  activate,           // input
+  affine,             // input; scale, shift: one for each channel
+  cat,                // any number of inputs, joined along channels
+  interleave,         // two inputs of as many channels: channels of both in turn
+  slice,              // input: some of its channels
+  flatten,            // input [N, C, H, W] to [N, C * H * W], in this order
+  resize,             // input, [like]: nearest or bilinear
+  layer_norm,         // input; scale, shift, over the channels of each pixel
+};
+
+struct Step {
+  Op op;
+  std::vector<int64_t> inputs;  // values
+  int64_t output;
+  std::vector<int64_t> params;   // by Op, see shapes.cpp; floating ones as the bits of a double
+  std::vector<int64_t> weights;  // numbers of weights, -1: none
+
+  double real(size_t i) const;
+  const float* weight(const struct Program& program, size_t i) const;  // null: none
+};
+
+struct Weight {
+  const float* data;
+  std::vector<int64_t> size;
+};
+
+struct Program {
+  int64_t inputs = 0, values = 0;  // values 0 .. inputs are what it is called with
+  std::vector<int64_t> outputs;
+  std::vector<Step> steps;
+  std::vector<Weight> weights;
+
+  // Prepared weights of a step for a kernel, made when first asked for.
+  const float* prepared(const Step& step, const Conv2dKernel& kernel, const Conv2dShape& shape);
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::mutex mutex_;
+  // By kernel, weight, scale and groups: a layer that is used twice is prepared once.
+  std::map<std::tuple<const Conv2dKernel*, int64_t, int64_t, int64_t>, std::unique_ptr<float[], Free>> prepared_;
+};
+
+// Where the pixels of a value lie: in a buffer that is `channels` wide, from `channel` on.
+struct Place {
+  enum class Kind { arena, input, output } kind = Kind::arena;
+  int64_t number = 0;  // of the input or output
+  int64_t offset = 0;  // in the arena, in floats
+  int64_t channel = 0, channels = 0;
+};
+
+// A convolution, another step, or a copy of a value to its place in another (a cat that could not be avoided) or in an
+// output (of a value that lies elsewhere).
+struct PlannedStep {
+  size_t step;  // of the program
+  const Conv2dKernel* conv = nullptr;
+  Conv2dShape shape{};
+  const float* weight = nullptr;  // prepared
+  StepKernel other{};
+  int64_t copy_from = -1, copy_to = -1, copy_channel = 0, copy_output = -1;
+  int64_t tasks = 0;
+};
+
+struct Plan {
+  std::vector<Extent> extents;  // of values
+  std::vector<Place> places;
+  std::vector<PlannedStep> steps;  // those that compute something
+  int64_t arena = 0, scratch = 0;  // floats; scratch is each thread's
+};
+
+// Throw std::invalid_argument where sizes do not fit.
+Extent output_extent(const Program& program, const Step& step, const std::vector<Extent>& extents);
+Conv2dShape conv_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
+// Sets places, arena, and the copies that are needed.
+void place_values(const Program& program, Plan& plan);
+Plan make_plan(Program& program, const std::vector<Extent>& inputs);
+
+}  // namespace fastcv::program

@@ -1,0 +1,302 @@
+// Tensor shell of programs: from lists of numbers and tensors to a program, kept under a handle; plans for each shape.
+#include <deque>
+#include <unordered_map>
+
+#include "../common/stable.h"
+#include "run.h"
+
+namespace fastcv {
+namespace {
+
+using namespace program;
+
+constexpr size_t kPlansKept = 16;  // of a program, the latest used
+
+// Memory of a run: one at a time uses it, and the program keeps one for the next.
+struct Workspace {
+  LargeBlocks::Block block{nullptr, 0, true};
+  Run run;
+
+  ~Workspace() {
+    if (block.memory) LargeBlocks::instance().give_back(block.memory);
+  }
+  float* arena(int64_t floats) {
+    const size_t bytes = size_t(floats) * sizeof(float);
+    if (!block.memory || bytes > block.bytes || block.bytes > 2 * bytes + (size_t(8) << 20)) {
+      if (block.memory) LargeBlocks::instance().give_back(std::exchange(block.memory, nullptr));
+      block = LargeBlocks::instance().take(std::max<size_t>(bytes, 64));
+      STD_TORCH_CHECK(block.memory, "fastcv: cannot allocate ", bytes, " bytes for a program");
+    }
+    return static_cast<float*>(block.memory);
+  }
+};
+
+struct Loaded {
+  Program program;
+  std::vector<Tensor> kept;            // the tensors whose memory weights are
+  std::vector<int64_t> input_ranks, output_ranks;
+  std::mutex mutex;
+  std::deque<std::pair<std::vector<Extent>, std::shared_ptr<const Plan>>> plans;  // the latest used first
+  std::unique_ptr<Workspace> workspace;
+  bool profile = false;
+  std::vector<int64_t> nanoseconds;  // of the last run's steps
+  std::shared_ptr<const Plan> profiled;
+
+  std::shared_ptr<const Plan> plan(const std::vector<Extent>& inputs) {
+    const std::lock_guard lock(mutex);
+    for (size_t i = 0; i < plans.size(); ++i)
+      if (plans[i].first == inputs) {
+        std::rotate(plans.begin(), plans.begin() + ptrdiff_t(i), plans.begin() + ptrdiff_t(i) + 1);
+        return plans.front().second;
+      }
+    std::shared_ptr<const Plan> made;
+    try {
+      made = std::make_shared<const Plan>(make_plan(program, inputs));
+    } catch (const std::invalid_argument& error) {
+      STD_TORCH_CHECK(false, "fastcv program: ", error.what());
+    }
+    plans.emplace_front(inputs, made);
+    if (plans.size() > kPlansKept) plans.pop_back();
+    return made;
+  }
+};
+
+class Registry {
+ public:
+  static Registry& instance() {
+    static Registry* const registry = new Registry;  // never destroyed: Python may free programs late
+    return *registry;
+  }
+  int64_t add(std::shared_ptr<Loaded> loaded) {
+    const std::lock_guard lock(mutex_);
+    programs_[++last_] = std::move(loaded);
+    return last_;
+  }
+  std::shared_ptr<Loaded> get(int64_t handle) {
+    const std::lock_guard lock(mutex_);
+    const auto found = programs_.find(handle);
+    STD_TORCH_CHECK(found != programs_.end(), "handle: ", handle, " is not a program");
+    return found->second;
+  }
+  void remove(int64_t handle) {
+    std::shared_ptr<Loaded> last;  // destroyed without the lock
+    const std::lock_guard lock(mutex_);
+    const auto found = programs_.find(handle);
+    if (found == programs_.end()) return;
+    last = std::move(found->second);
+    programs_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<Loaded>> programs_;
+  int64_t last_ = 0;
+};
+
+class Reader {
+ public:
+  explicit Reader(const std::vector<int64_t>& code) : code_(code) {}
+  int64_t number() {
+    STD_TORCH_CHECK(at_ < code_.size(), "code: ends early");
+    return code_[at_++];
+  }
+  int64_t below(int64_t limit, const char* what) {
+    const int64_t value = number();
+    STD_TORCH_CHECK(value >= 0 && value < limit, "code: ", what, " ", value, " of ", limit);
+    return value;
+  }
+  std::vector<int64_t> list() {
+    std::vector<int64_t> values(size_t(below(int64_t(code_.size()) + 1, "length")));
+    for (int64_t& value : values) value = number();
+    return values;
+  }
+  bool ended() const { return at_ == code_.size(); }
+
+ private:
+  const std::vector<int64_t>& code_;
+  size_t at_ = 0;
+};
+
+// How many inputs, params and weights a step of each kind has, at least and at most.
+struct Arity {
+  size_t inputs, most_inputs, params, weights;
+};
+const Arity kArity[] = {{1, 2, 9, 5},  {1, 1, 10, 0}, {1, 1, 10, 0},   {1, 1, 2, 0}, {2, 2, 2, 0}, {2, 2, 2, 0}, {1, 1, 2, 0},
+                        {1, 1, 2, 2}, {1, 1 << 20, 0, 0}, {2, 2, 0, 0}, {1, 1, 2, 0}, {1, 1, 0, 0}, {1, 2, 7, 0}, {1, 1, 1, 2}};
+
+void check_step(const Program& program, const Step& step) {
+  const Arity& a = kArity[size_t(step.op)];
+  STD_TORCH_CHECK(step.inputs.size() >= a.inputs && step.inputs.size() <= a.most_inputs && step.params.size() == a.params &&
+                      step.weights.size() == a.weights,
+                  "code: a step of kind ", int64_t(step.op), " with other inputs, params or weights than it has");
+  for (int64_t weight : step.weights)
+    STD_TORCH_CHECK(weight >= -1 && weight < int64_t(program.weights.size()), "code: weight ", weight);
+  const auto of = [&](size_t i) -> const Weight* {
+    return step.weights[i] < 0 ? nullptr : &program.weights[size_t(step.weights[i])];
+  };
+  const auto is_vector = [&](size_t i, int64_t n) {
+    const Weight* w = of(i);
+    STD_TORCH_CHECK(!w || (w->size.size() == 1 && (n < 0 || w->size[0] == n)), "weights: expected a vector of ", n);
+  };
+  if (step.op == Op::conv) {
+    const Weight* w = of(0);
+    STD_TORCH_CHECK(w && (w->size.size() == 4 || w->size.size() == 2), "weights: expected [K, C / groups, KH, KW] or [K, C]");
+    const auto& p = step.params;
+    for (int64_t n : w->size) STD_TORCH_CHECK(n > 0, "weights: expected no empty size");
+    STD_TORCH_CHECK(p[0] > 0 && p[1] > 0 && p[2] >= 0 && p[3] >= 0 && p[4] > 0 && p[5] > 0 && p[6] > 0 && w->size[0] % p[6] == 0,
+                    "code: stride, padding, dilation or groups of a convolution");
+    is_vector(1, w->size[0]), is_vector(2, w->size[0]), is_vector(3, w->size[1] * p[6]), is_vector(4, w->size[1] * p[6]);
+    STD_TORCH_CHECK((step.weights[3] < 0) == (step.weights[4] < 0), "code: scale and shift of inputs go together");
+  } else if (step.op == Op::affine || step.op == Op::layer_norm) {
+    is_vector(0, -1), is_vector(1, -1);
+    STD_TORCH_CHECK(step.op == Op::layer_norm || (of(0) && of(1)), "code: affine needs scale and shift");
+  } else if (step.op == Op::max_pool || step.op == Op::avg_pool) {
+    for (size_t i : {0, 1, 2, 3, 6, 7}) STD_TORCH_CHECK(step.params[i] > 0, "code: kernel, stride or dilation of pooling");
+    for (size_t i : {0, 1})
+      STD_TORCH_CHECK(step.params[4 + i] >= 0 && 2 * step.params[4 + i] <= step.params[i], "code: padding of pooling");
+  }
+}
+
+// code: inputs with their ranks; values; outputs and their ranks; steps of kind, output, and lists of inputs, params, weights.
+int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights) {
+  auto loaded = std::make_shared<Loaded>();
+  Program& p = loaded->program;
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weights: expected float32");
+    loaded->kept.push_back(as_contiguous(weight, ScalarType::Float));
+    std::vector<int64_t> size;
+    for (int64_t d = 0; d < weight.dim(); ++d) size.push_back(weight.size(d));
+    p.weights.push_back({data<float>(loaded->kept.back()), size});
+  }
+  Reader reader(code);
+  loaded->input_ranks = reader.list();
+  p.inputs = int64_t(loaded->input_ranks.size());
+  p.values = reader.below(int64_t(1) << 30, "values");
+  p.outputs = reader.list();
+  loaded->output_ranks = reader.list();
+  std::vector<bool> known(size_t(p.values), false);
+  STD_TORCH_CHECK(p.values >= p.inputs && loaded->output_ranks.size() == p.outputs.size(), "code: values or outputs");
+  std::fill(known.begin(), known.begin() + p.inputs, true);
+  for (int64_t n = reader.below(int64_t(code.size()), "steps"); n > 0; --n) {
+    Step step{};
+    step.op = Op(reader.below(int64_t(std::size(kArity)), "kind"));
+    step.output = reader.below(p.values, "output");
+    step.inputs = reader.list(), step.params = reader.list(), step.weights = reader.list();
+    for (int64_t v : step.inputs)
+      STD_TORCH_CHECK(v >= 0 && v < p.values && known[size_t(v)], "code: value ", v, " is read before it is computed");
+    STD_TORCH_CHECK(!known[size_t(step.output)], "code: value ", step.output, " is computed twice");
+    known[size_t(step.output)] = true;
+    check_step(p, step);
+    p.steps.push_back(std::move(step));
+  }
+  for (int64_t v : p.outputs) STD_TORCH_CHECK(v >= 0 && v < p.values && known[size_t(v)], "code: output ", v);
+  STD_TORCH_CHECK(reader.ended(), "code: numbers after the end");
+  return Registry::instance().add(std::move(loaded));
+}
+
+// Ranks: 4 is [N, C, H, W], 2 is [N, C], -4 is [N, H, W, C].
+Extent extent_of(const Tensor& t, int64_t rank) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == (rank == 2 ? 2 : 4),
+                  "inputs: expected float32 of ", rank == 2 ? 2 : 4, " dimensions");
+  if (rank == 2) return {t.size(0), t.size(1), 1, 1};
+  if (rank == 4) return {t.size(0), t.size(1), t.size(2), t.size(3)};
+  return {t.size(0), t.size(3), t.size(1), t.size(2)};
+}
+
+PixelMap<const float> input_map(Tensor& t, int64_t rank) {
+  const int channel = rank == 2 || rank == 4 ? 1 : 3;
+  const int row = rank == 4 ? 2 : 1, column = rank == 4 ? 3 : 2;
+  const bool fits = t.size(channel) <= 1 || t.stride(channel) == 1;
+  if (rank == 2) {
+    if (!fits) t = torch::stable::contiguous(t);
+    return {data<float>(t), t.stride(0), t.stride(0), t.stride(0)};
+  }
+  if (!fits || t.stride(column) < t.size(channel))
+    t = torch::stable::contiguous(t, rank == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return {data<float>(t), t.stride(0), t.stride(row), t.stride(column)};
+}
+
+Tensor make_output(const Extent& e, int64_t rank) {
+  if (rank == 2) return empty_cpu({e.n, e.c}, ScalarType::Float);
+  if (rank == 4) return empty_cpu({e.n, e.c, e.h, e.w}, ScalarType::Float, MemoryFormat::ChannelsLast);
+  return empty_cpu({e.n, e.h, e.w, e.c}, ScalarType::Float);
+}
+
+std::vector<Tensor> program_run(int64_t handle, std::vector<Tensor> inputs) {
+  const std::shared_ptr<Loaded> loaded = Registry::instance().get(handle);
+  const Program& p = loaded->program;
+  STD_TORCH_CHECK(inputs.size() == loaded->input_ranks.size(), "inputs: expected ", loaded->input_ranks.size(), ", got ",
+                  inputs.size());
+  std::vector<Extent> extents;
+  Pointers pointers;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    extents.push_back(extent_of(inputs[i], loaded->input_ranks[i]));
+    pointers.inputs.push_back(input_map(inputs[i], loaded->input_ranks[i]));
+  }
+  const std::shared_ptr<const Plan> plan = loaded->plan(extents);
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < p.outputs.size(); ++i) {
+    outputs.push_back(make_output(plan->extents[size_t(p.outputs[i])], loaded->output_ranks[i]));
+    pointers.outputs.push_back(mutable_data<float>(outputs.back()));
+  }
+  std::unique_ptr<Workspace> workspace;
+  bool profile;
+  {
+    const std::lock_guard lock(loaded->mutex);
+    workspace = std::move(loaded->workspace);
+    profile = loaded->profile;
+  }
+  if (!workspace) workspace = std::make_unique<Workspace>();
+  pointers.arena = workspace->arena(plan->arena);
+  Run& run = workspace->run;
+  run.nanoseconds.assign(profile ? plan->steps.size() : 0, 0);
+  run.start(p, *plan, pointers);
+  parallel_for(torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const Scratch<float> scratch = allocate_scratch<float>(size_t(plan->scratch));
+    run.work(scratch.get());
+  });
+  const std::lock_guard lock(loaded->mutex);
+  if (profile) loaded->nanoseconds = run.nanoseconds, loaded->profiled = plan;
+  loaded->workspace = std::move(workspace);
+  return outputs;
+}
+
+void program_free(int64_t handle) { Registry::instance().remove(handle); }
+
+// Steps of the last run as rows of numbers: kind (-1: copy), kernel (-1 where there is no choice), nanoseconds,
+// multiply-adds, bytes that are read and written once, and the sizes of input and output. Turns measuring on.
+Tensor program_profile(int64_t handle) {
+  const std::shared_ptr<Loaded> loaded = Registry::instance().get(handle);
+  const std::lock_guard lock(loaded->mutex);
+  loaded->profile = true;
+  const Plan* plan = loaded->profiled.get();
+  const int64_t rows = plan ? int64_t(plan->steps.size()) : 0, columns = 15;
+  Tensor table = empty_cpu({rows, columns}, ScalarType::Long);
+  int64_t* out = mutable_data<int64_t>(table);
+  for (int64_t i = 0; i < rows; ++i, out += columns) {
+    const PlannedStep& s = plan->steps[size_t(i)];
+    const bool copy = s.copy_from >= 0;
+    const Step* step = copy ? nullptr : &loaded->program.steps[s.step];
+    const Extent& in = plan->extents[size_t(copy ? s.copy_from : step->inputs[0])];
+    const Extent& to = copy ? in : plan->extents[size_t(step->output)];
+    const Conv2dShape& c = s.shape;
+    const int64_t weights = s.conv ? c.out_channels * c.group_channels() * c.kernel_h * c.kernel_w : 0;
+    const int64_t work = s.conv ? c.images * c.out_height * c.out_width * weights : 0;
+    const int64_t second = step && step->inputs.size() == 2 ? to.n * to.c * to.h * to.w : 0;
+    const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + weights + second);
+    const int64_t row[] = {copy ? -1 : int64_t(step->op), s.conv ? s.conv->number : -1, loaded->nanoseconds[size_t(i)], work,
+                           bytes, in.n, in.c, in.h, in.w, to.c, to.h, to.w, c.kernel_h, c.stride_h, c.groups};
+    std::copy(std::begin(row), std::end(row), out);
+  }
+  return table;
+}
+
+}  // namespace
+}  // namespace fastcv
+
+STABLE_TORCH_LIBRARY_IMPL(fastcv, CompositeExplicitAutograd, m) {
+  m.impl("program_load", TORCH_BOX(&fastcv::program_load));
+  m.impl("program_run", TORCH_BOX(&fastcv::program_run));
+  m.impl("program_free", TORCH_BOX(&fastcv::program_free));
+  m.impl("program_profile", TORCH_BOX(&fastcv::program_profile));
+}

@@ -1,0 +1,117 @@
+"""What a part of a model computes, as a list of steps: what :mod:`_lower` writes, :mod:`_passes` shortens, and
+:mod:`_program` hands to ``csrc/program``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+# In the order of Op in csrc/program/program.h.
+OPS = (
+    "conv", "max_pool", "avg_pool", "adaptive_avg_pool", "add", "mul", "activate", "affine", "cat", "interleave",
+    "slice", "flatten", "resize", "layer_norm",
+)  # fmt: skip
+# In the order of Activation in csrc/conv2d/conv2d.h.
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ref:
+    """A parameter or buffer where its module keeps it, so that another one in its place is seen."""
+
+    owner: dict[str, Tensor | None]
+    name: str
+
+    def get(self) -> Tensor | None:
+        return self.owner[self.name]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.owner), self.name
+
+
+def ref(module: nn.Module, name: str) -> Ref:
+    return Ref(module._parameters if name in module._parameters else module._buffers, name)
+
+
+class Affine:
+    """``x * scale + shift`` for each channel: a norm with fixed statistics, or a parameter that scales channels."""
+
+    def __init__(self, module: nn.Module | None = None, scale: Ref | None = None):
+        self.eps = 0.0 if module is None else module.eps
+        names = ("weight", "bias", "running_mean", "running_var")
+        self.refs = [scale] if module is None else [ref(module, name) for name in names]
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """In float64."""
+        if len(self.refs) == 1:
+            scale = self.refs[0].get().detach().double().flatten()
+            return scale, torch.zeros_like(scale)
+        gamma, beta, mean, variance = (None if r.get() is None else r.get().detach().double() for r in self.refs)
+        scale = (variance + self.eps).rsqrt()
+        scale = scale if gamma is None else scale * gamma
+        return scale, (0 if beta is None else beta) - mean * scale
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    op: str
+    inputs: list[int]
+    output: int
+    params: list[int | float] = dataclasses.field(default_factory=list)
+    activation: str = "none"
+    slope: float = 0.01
+    # Of conv, affine and layer_norm.
+    weight: Ref | None = None
+    bias: Ref | None = None
+    before: Affine | None = None  # of conv: relu(before(x)) is its input
+    after: list[Affine] = dataclasses.field(default_factory=list)
+
+    def refs(self) -> list[Ref]:
+        affines = [*self.after, *([self.before] if self.before else [])]
+        return [r for r in (self.weight, self.bias, *(r for a in affines for r in a.refs)) if r is not None]
+
+    def tensors(self) -> list[tuple[tuple, Tensor] | None]:
+        """Weights as csrc/program has them, each with what tells it from others."""
+        named = lambda *names: tuple(r.key for r in names if r is not None)  # noqa: E731
+        as_float = lambda t: t.float().contiguous()  # noqa: E731
+        if self.op == "layer_norm":
+            return [
+                None if r is None or r.get() is None else (named(r), r.get().detach()) for r in (self.weight, self.bias)
+            ]
+        if self.op == "affine":
+            scale, shift = self.after[0].values()
+            key = named(*self.after[0].refs)
+            return [(("scale", *key), as_float(scale)), (("shift", *key), as_float(shift))]
+        if self.op != "conv":
+            return []
+        bias = None if self.bias is None or self.bias.get() is None else self.bias.get().detach()
+        refs = named(self.bias, *(r for a in self.after for r in a.refs))
+        scale = None
+        for affine in self.after:
+            s, t = affine.values()
+            scale = s if scale is None else scale * s
+            bias = t if bias is None else bias.double() * s + t
+        before = self.before.values() if self.before else None
+        before_key = named(*self.before.refs) if self.before else ()
+        return [
+            (named(self.weight), self.weight.get().detach()),
+            None if bias is None else (("bias", *refs), as_float(bias)),
+            None if scale is None else (("scale", *refs), as_float(scale)),
+            None if before is None else (("before scale", *before_key), as_float(before[0])),
+            None if before is None else (("before shift", *before_key), as_float(before[1])),
+        ]
+
+
+@dataclasses.dataclass
+class Listing:
+    """Steps over numbered values; the first values are the inputs. Ranks: 4 is ``[N, C, H, W]``, 2 is ``[N, C]``, -4 is
+    ``[N, H, W, C]``."""
+
+    inputs: list[int] = dataclasses.field(default_factory=list)  # ranks
+    values: int = 0
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    outputs: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # value and rank
+    layers: int = 0  # that were lowered
