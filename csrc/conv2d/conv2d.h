@@ -17,6 +17,7 @@ struct Conv2dShape {
   int64_t images, channels, height, width;
   int64_t out_channels, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  int64_t threads = 1;      // among which tasks should be divided evenly; results do not depend on it
   bool input_norm = false;  // the input is relu(x * scale + shift), as Conv2d has them; of gemm only
 
   __attribute__((always_inline)) int64_t group_channels() const { return channels / groups; }
@@ -66,8 +67,13 @@ FASTCV_EACH_ISA(
     FASTCV_CONV2D_KERNEL(conv2d_gemm)
     // 3x3, stride 1, no dilation, one group: 36 products instead of 144 (Lavin and Gray, CVPR 2016).
     FASTCV_CONV2D_KERNEL(conv2d_winograd)
+    // The same with 16 products instead of 36 and less than half the prepared weights: for few pixels.
+    FASTCV_CONV2D_KERNEL(conv2d_winograd_2x2)
     // One input and one output channel to a group, any kernel.
     FASTCV_CONV2D_KERNEL(conv2d_depthwise)
+    // 1x1 on few pixels: reads the weights where they lie.
+    bool conv2d_gemv_serves(const Conv2dShape& shape);
+    FASTCV_CONV2D_KERNEL(conv2d_gemv)
     // 3x3 in groups of few channels, as many out as in: several groups side by side in a vector.
     bool conv2d_grouped_serves(const Conv2dShape& shape);
     FASTCV_CONV2D_KERNEL(conv2d_grouped))

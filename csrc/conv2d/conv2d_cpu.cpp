@@ -18,6 +18,7 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, 
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding, dilation: expected two numbers each");
   Conv2dShape s{};
+  s.threads = torch::stable::get_num_threads();
   s.images = input[0], s.channels = input[1], s.height = input[2], s.width = input[3];
   s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
   s.stride_h = stride[0], s.stride_w = stride[1], s.pad_h = padding[0], s.pad_w = padding[1];

@@ -10,6 +10,10 @@
 // A task is a block of output pixels of one image and group, times some of the panels. Its input is small enough for the
 // second-level cache while it meets panel after panel, and a panel is read from beyond that cache once for each task.
 //
+// A panel of great depth (3x3 with 512 channels: 1.2 MB) would be read from beyond the second-level cache for every tile. It
+// is cut into chunks, at most kChunkDepth deep, and sums wait between them in scratch memory. The last tile of a panel fetches
+// the next panel meanwhile.
+//
 // 1x1 convolutions read their input where it lies. For others the input of a block is first copied, channels of the group
 // side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW * C
 // numbers (so that a first layer with 3 channels has long runs too), and no loop needs a test for the border.
@@ -21,7 +25,9 @@ namespace {
 
 constexpr int L = kLanes<float>;
 constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
-constexpr int64_t kMostPixels = 192, kEnoughTasks = 16;
+constexpr int64_t kLargeBlock = 128 * 1024;    // where weights (of 2 MB and more) are read for each: 512 KB
+constexpr int64_t kMostPixels = 192, kEnoughTasks = 8;  // for each thread
+constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel: 384 KB
 
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -30,35 +36,41 @@ FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // ---- how a convolution is divided ------------------------------------------------------------------------------------
 
 struct Plan {
-  bool in_place;  // 1x1 without padding: reads the input where it lies
-  bool flat;      // and with stride 1: pixels of an image are one row
+  bool flat;      // 1x1 without padding: output pixels of an image are one row
+  bool in_place;  // and with stride 1: reads the input where it lies, else a copy in which pixels lie side by side
   int64_t block_h, block_w, blocks_y, blocks_x;  // of output pixels
   int64_t panels, panel_groups, group_panels;
   int64_t strip_h, strip_w;  // pixels of the copied input
   int64_t depth;
+  int64_t chunks;  // of the depth: kernel rows, or channels where there is one
 };
 
 Plan make_plan(const Conv2dShape& s) {
   Plan p{};
   const int64_t channels = s.group_channels();
   p.depth = s.kernel_h * s.kernel_w * channels;
-  p.in_place = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0 && !s.input_norm;
-  p.flat = p.in_place && s.stride_h == 1 && s.stride_w == 1;
+  p.flat = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+  p.in_place = p.flat && s.stride_h == 1 && s.stride_w == 1 && !s.input_norm;
   const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
   // Input elements for each output pixel, about.
-  const int64_t reach = channels * (p.in_place ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
-  const int64_t pixels = max_of(12, min_of(kMostPixels, kBlockElements / max_of(1, reach)));
+  const int64_t reach = channels * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
+  const int64_t elements = p.depth * s.group_outputs() < 512 * 1024 ? kBlockElements : kLargeBlock;
+  const int64_t pixels = max_of(12, min_of(kMostPixels, elements / max_of(1, reach)));
   p.blocks_x = ceil_div(columns, pixels);
   p.block_w = ceil_div(columns, p.blocks_x);
   p.block_h = max_of(1, min_of(rows, pixels / p.block_w));
   p.blocks_y = ceil_div(rows, p.block_h);
   p.panels = ceil_div(s.group_outputs(), kPanel);
   const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
-  p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks, max_of(1, blocks)));
+  p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks * s.threads, max_of(1, blocks)));
   p.group_panels = ceil_div(p.panels, p.panel_groups);
   p.panel_groups = ceil_div(p.panels, p.group_panels);
-  p.strip_h = (p.block_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
-  p.strip_w = (p.block_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
+  p.chunks = s.kernel_h > 1    ? min_of(s.kernel_h, ceil_div(p.depth, kChunkDepth))
+             : s.kernel_w == 1 ? ceil_div(p.depth, kChunkDepth)
+                               : 1;
+  if (p.block_h * p.block_w <= tile_rows(kPanelVectors)) p.chunks = 1;  // read once anyway
+  p.strip_h = p.flat ? 1 : (p.block_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+  p.strip_w = p.flat ? p.block_w : (p.block_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
   return p;
 }
 
@@ -74,6 +86,9 @@ struct Tile {
   int64_t run_y, run_x;    // from one to the next
   int64_t run{};             // elements of one
   const float* weight{};     // of the panel
+  int64_t ahead{};           // depth from these weights to those that come next; 0: they are not fetched
+  float* partial{};          // sums of the first pixel from one chunk to the next, kPanel to a pixel; null: one chunk
+  bool first{true}, final{true};  // chunk
   const float* bias{};       // of the panel's first channel, or null
   const float* residual{};   // of the first pixel and channel, or null
   float* output{};
@@ -85,20 +100,37 @@ struct Tile {
 // Loops over sums are unrolled, or they would live in memory before and after the long loop.
 template <int R, int NV>
 void run_tile(const Tile& t) {
+  if (t.final)  // lines to be written, and the residual's: from memory while the sums are made
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) {
+        __builtin_prefetch(t.output + r * t.output_step + v * L, 1, 3);
+        if (t.residual) __builtin_prefetch(t.residual + r * t.residual_step + v * L, 0, 3);
+      }
   Vec<float> sum[R][NV];
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
-    const Vec<float> bias = !t.bias                      ? Vec<float>{}
+    const Vec<float> bias = !t.bias || !t.first          ? Vec<float>{}
                            : v + 1 < NV || t.last == L ? load(t.bias + v * L)
                                                        : load_first(t.bias + v * L, t.last);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[r][v] = bias;
+    for (int r = 0; r < R; ++r) sum[r][v] = t.first ? bias : load(t.partial + r * kPanel + v * L);
   }
   const float* weight = t.weight;
   const float* input_y = t.input;
   for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
     const float* input = input_y;
-    for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) weight = accumulate(sum, input, t.step, t.run, weight);
+    if (t.ahead)
+      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
+        weight = accumulate<true>(sum, input, t.step, t.run, weight, t.ahead);
+    else
+      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) weight = accumulate(sum, input, t.step, t.run, weight);
+  }
+  if (!t.final) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) store(t.partial + r * kPanel + v * L, sum[r][v]);
+    return;
   }
   const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
 #pragma GCC unroll 16
@@ -153,6 +185,22 @@ FASTCV_INLINE void copy_normed(const float* from, int64_t n, const float* scale,
   }
 }
 
+FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t group, float* to) {
+  const int64_t channels = conv.shape.group_channels();
+  if (conv.shape.input_norm)
+    copy_normed(from, channels, conv.input_scale + group * channels, conv.input_shift + group * channels, to);
+  else
+    copy(from, channels, to);
+}
+
+// The input pixels of `count` output pixels of a flat plan, side by side.
+void copy_pixels(const Conv2d& conv, int64_t image, int64_t group, int64_t first, int64_t count, float* to) {
+  const Conv2dShape& s = conv.shape;
+  for (int64_t i = first; i < first + count; ++i, to += s.group_channels())
+    copy_pixel(conv, pixel(conv.input, image, i / s.out_width * s.stride_h, i % s.out_width * s.stride_w) + group * s.group_channels(),
+               group, to);
+}
+
 // The input of a block of output pixels from (y0, x0): [strip_h][strip_w][channels of the group], zero outside the map.
 void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group, int64_t y0, int64_t x0, float* strip) {
   const Conv2dShape& s = conv.shape;
@@ -167,26 +215,24 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
     }
     const float* from = conv.input.data + image * conv.input.stride_n + y * conv.input.stride_y + group * channels;
     memset(row, 0, size_t(first * channels) * sizeof(float));
-    if (s.input_norm) {
-      for (int64_t x = first; x < last; ++x)
-        copy_normed(from + (left + x) * conv.input.stride_x, channels, conv.input_scale + group * channels,
-                    conv.input_shift + group * channels, row + x * channels);
-    } else if (conv.input.stride_x == channels) {
+    if (conv.input.stride_x == channels && !s.input_norm) {
       memcpy(row + first * channels, from + (left + first) * channels, size_t((last - first) * channels) * sizeof(float));
     } else {
       for (int64_t x = first; x < last; ++x)
-        copy(from + (left + x) * conv.input.stride_x, channels, row + x * channels);
+        copy_pixel(conv, from + (left + x) * conv.input.stride_x, group, row + x * channels);
     }
     memset(row + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));
   }
 }
 
-// A row of output pixels, cut evenly into tiles, for one panel.
+// A row of output pixels, cut evenly into tiles, for one panel; the last tile fetches what comes next.
 void run_row(Tile t, int64_t pixels, int vectors) {
-  const int64_t most = tile_rows(vectors), tiles = ceil_div(pixels, most);
+  const int64_t most = tile_rows(vectors), tiles = ceil_div(pixels, most), ahead = t.ahead;
   for (int64_t i = 0, x = 0; i < tiles; ++i) {
     const int64_t rows = (pixels - x) / (tiles - i);
+    t.ahead = i + 1 == tiles ? ahead : 0;
     run_vectors(vectors, int(rows), t);
+    if (t.partial) t.partial += rows * kPanel;
     t.input += rows * t.step;
     t.output += rows * t.output_step;
     if (t.residual) t.residual += rows * t.residual_step;
@@ -199,13 +245,14 @@ struct Rows {
   const Conv2d& conv;
   const Plan& plan;
   int64_t image, group, panel;
+  int64_t begin = 0;  // of the chunk, in the depth
 
   void run(Tile t, int64_t y, int64_t x, int64_t count) const {
     const Conv2dShape& s = conv.shape;
     const int64_t channel = group * s.group_outputs() + panel * kPanel;
     const int64_t columns = min_of(kPanel, s.group_outputs() - panel * kPanel), vectors = ceil_div(columns, L);
     t.conv = &conv;
-    t.weight = conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel);
+    t.weight = conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel) + begin * vectors * L;
     t.bias = conv.bias ? conv.bias + channel : nullptr;
     t.last = int(columns - (vectors - 1) * L);
     t.output = conv.output.data + image * conv.output.stride_n + y * conv.output.stride_y + x * conv.output.stride_x + channel;
@@ -224,39 +271,58 @@ bool one_row(const PixelMap<T>& map, int64_t width) {
   return !map.data || map.stride_y == width * map.stride_x;
 }
 
-void run_block(const Conv2d& conv, const Plan& p, const Rows& rows, int64_t y0, int64_t x0, const float* strip) {
+// One chunk of a block; t has its part of the depth.
+void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int64_t y0, int64_t x0, const float* strip) {
   const Conv2dShape& s = conv.shape;
-  const int64_t channels = s.group_channels();
-  Tile t(conv.activation);
-  t.runs_y = t.runs_x = 1;
-  t.run = channels;
-  if (p.in_place) {
-    const float* input = conv.input.data + rows.image * conv.input.stride_n + rows.group * channels;
-    t.step = s.stride_w * conv.input.stride_x;
-    if (p.flat && !(one_row(conv.input, s.width) && one_row(conv.output, s.out_width) && one_row(conv.residual, s.out_width))) {
-      for (int64_t at = x0, end = min_of(x0 + p.block_w, s.out_height * s.out_width); at < end;) {
-        const int64_t y = at / s.out_width, x = at % s.out_width, count = min_of(end - at, s.out_width - x);
-        t.input = input + y * conv.input.stride_y + x * conv.input.stride_x;
-        rows.run(t, y, x, count);
-        at += count;
-      }
-      return;
-    }
-    const int64_t height = p.flat ? 1 : s.out_height, width = p.flat ? s.out_height * s.out_width : s.out_width;
-    for (int64_t y = y0; y < min_of(y0 + p.block_h, height); ++y) {
-      t.input = input + y * s.stride_h * conv.input.stride_y + x0 * t.step;
-      rows.run(t, y, x0, min_of(p.block_w, width - x0));
+  float* const partial = t.partial;
+  const int64_t ahead = t.ahead;
+  const bool whole = (!p.in_place || one_row(conv.input, s.width)) && one_row(conv.output, s.out_width) && one_row(conv.residual, s.out_width);
+  if (p.flat && !whole) {
+    for (int64_t at = x0, end = min_of(x0 + p.block_w, s.out_height * s.out_width); at < end;) {
+      const int64_t y = at / s.out_width, x = at % s.out_width, count = min_of(end - at, s.out_width - x);
+      t.input = p.in_place ? strip + y * conv.input.stride_y + x * conv.input.stride_x : strip + (at - x0) * t.step;
+      if (partial) t.partial = partial + (at - x0) * kPanel;
+      t.ahead = at + count == end ? ahead : 0;
+      rows.run(t, y, x, count);
+      at += count;
     }
     return;
   }
-  const bool whole_rows = s.dilation_w == 1;
-  t.runs_y = s.kernel_h, t.runs_x = whole_rows ? 1 : s.kernel_w;
+  const int64_t height = p.flat ? 1 : s.out_height, width = p.flat ? s.out_height * s.out_width : s.out_width;
+  const int64_t end = min_of(y0 + p.block_h, height), count = min_of(p.block_w, width - x0);
+  for (int64_t y = y0; y < end; ++y) {
+    t.input = p.in_place ? strip + x0 * t.step : strip + (y - y0) * s.stride_h * p.strip_w * s.group_channels();
+    if (partial) t.partial = partial + (y - y0) * p.block_w * kPanel;
+    t.ahead = y + 1 == end ? ahead : 0;
+    rows.run(t, y, x0, count);
+  }
+}
+
+// strip: the copied input, or the input of the image and group where it is read in place. After it lies room for sums.
+void run_block(const Conv2d& conv, const Plan& p, Rows rows, int64_t y0, int64_t x0, const float* strip, float* partial) {
+  const Conv2dShape& s = conv.shape;
+  const int64_t channels = s.group_channels();
+  const bool whole_rows = p.flat || s.dilation_w == 1;
+  Tile t(conv.activation);
+  t.runs_x = whole_rows ? 1 : s.kernel_w;
   t.run_y = s.dilation_h * p.strip_w * channels, t.run_x = s.dilation_w * channels;
-  t.run = whole_rows ? s.kernel_w * channels : channels;
-  t.step = s.stride_w * channels;
-  for (int64_t y = y0; y < min_of(y0 + p.block_h, s.out_height); ++y) {
-    t.input = strip + (y - y0) * s.stride_h * p.strip_w * channels;
-    rows.run(t, y, x0, min_of(p.block_w, s.out_width - x0));
+  t.step = p.in_place ? conv.input.stride_x : p.flat ? channels : s.stride_w * channels;
+  t.partial = p.chunks > 1 ? partial : nullptr;
+  const int64_t length = s.kernel_h > 1 ? s.kernel_h : channels;  // what is cut into chunks
+  for (int64_t i = 0; i < p.chunks; ++i) {
+    const int64_t from = length * i / p.chunks, to = length * (i + 1) / p.chunks;
+    t.first = i == 0, t.final = i + 1 == p.chunks;
+    if (s.kernel_h > 1) {
+      t.runs_y = to - from, t.run = whole_rows ? s.kernel_w * channels : channels;
+      rows.begin = from * s.kernel_w * channels;
+      t.ahead = t.runs_y * s.kernel_w * channels;
+      run_chunk(conv, p, rows, t, y0, x0, strip + from * t.run_y);
+    } else {  // channels of one pixel, or of a row of the kernel that is not cut
+      t.runs_y = 1, t.run = p.chunks == 1 ? (whole_rows ? s.kernel_w * channels : channels) : to - from;
+      rows.begin = from;
+      t.ahead = p.chunks == 1 ? p.depth : to - from;
+      run_chunk(conv, p, rows, t, y0, x0, strip + (p.chunks == 1 ? 0 : from));
+    }
   }
 }
 
@@ -283,9 +349,13 @@ int64_t conv2d_gemm_tasks(const Conv2dShape& s) {
   return s.images * s.groups * p.blocks_y * p.blocks_x * p.panel_groups;
 }
 
+static int64_t strip_size(const Conv2dShape& s, const Plan& p) {
+  return p.in_place ? 0 : ceil_div(p.strip_h * p.strip_w * s.group_channels(), L) * L;
+}
+
 int64_t conv2d_gemm_scratch(const Conv2dShape& s) {
   const Plan p = make_plan(s);
-  return p.in_place ? 0 : p.strip_h * p.strip_w * s.group_channels();
+  return strip_size(s, p) + (p.chunks > 1 ? p.block_h * p.block_w * kPanel : 0);
 }
 
 void conv2d_gemm(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
@@ -295,9 +365,14 @@ void conv2d_gemm(const Conv2d& conv, int64_t begin, int64_t end, float* scratch)
     const int64_t panel_group = t % p.panel_groups, x = (t /= p.panel_groups) % p.blocks_x;
     const int64_t y = (t /= p.blocks_x) % p.blocks_y, group = (t /= p.blocks_y) % conv.shape.groups;
     const int64_t image = t / conv.shape.groups, y0 = y * p.block_h, x0 = x * p.block_w;
-    if (!p.in_place) copy_strip(conv, p, image, group, y0, x0, scratch);
+    if (p.flat && !p.in_place)
+      copy_pixels(conv, image, group, x0, min_of(p.block_w, conv.shape.out_height * conv.shape.out_width - x0), scratch);
+    else if (!p.in_place)
+      copy_strip(conv, p, image, group, y0, x0, scratch);
+    const float* strip =
+        p.in_place ? conv.input.data + image * conv.input.stride_n + group * conv.shape.group_channels() : scratch;
     for (int64_t panel = panel_group * p.group_panels; panel < min_of(p.panels, (panel_group + 1) * p.group_panels); ++panel)
-      run_block(conv, p, Rows{conv, p, image, group, panel}, y0, x0, scratch);
+      run_block(conv, p, Rows{conv, p, image, group, panel}, y0, x0, strip, scratch + strip_size(conv.shape, p));
   }
 }
 

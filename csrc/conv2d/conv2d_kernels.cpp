@@ -1,5 +1,7 @@
 #include "conv2d_kernels.h"
 
+#include <algorithm>
+
 namespace fastcv {
 namespace {
 
@@ -14,11 +16,25 @@ bool is_winograd(const Conv2dShape& s) {
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
 
+// What tiles of m x m cost, in products of one pair of channels: the arithmetic or reading the weights, whichever takes
+// longer. From memory a weight takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more cores have less
+// memory each), from the last-level cache as long as 3.
+double winograd_cost(const Conv2dShape& s, int64_t m) {
+  const int64_t elements = (m + 2) * (m + 2);
+  const double products = double(s.images * ((s.out_height + m - 1) / m) * ((s.out_width + m - 1) / m) * elements);
+  const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
+  return std::max(products, double(elements) * (cached ? 3 : 12));
+}
+
+bool prefers_small_tiles(const Conv2dShape& s) { return winograd_cost(s, 2) < winograd_cost(s, 4); }
+
 // In the order of preference: the first that serves a shape is chosen.
 const std::vector<Conv2dKernel>& kernels() {
   static const std::vector<Conv2dKernel> all{
       FASTCV_KERNEL(2, depthwise, is_depthwise),
       FASTCV_KERNEL(3, grouped, FASTCV_PICK(conv2d_grouped_serves)),
+      FASTCV_KERNEL(6, gemv, FASTCV_PICK(conv2d_gemv_serves)),
+      FASTCV_KERNEL(5, winograd_2x2, is_winograd),
       FASTCV_KERNEL(1, winograd, is_winograd),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
@@ -29,7 +45,10 @@ const std::vector<Conv2dKernel>& kernels() {
 
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape) {
   for (const Conv2dKernel& kernel : kernels())
-    if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) return &kernel;
+    if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) {
+      if (name == "auto" && kernel.number == 5 && !prefers_small_tiles(shape)) continue;
+      return &kernel;
+    }
   return nullptr;
 }
 

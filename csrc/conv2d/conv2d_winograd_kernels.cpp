@@ -1,20 +1,23 @@
-// 3x3 convolution with stride 1 by Winograd's F(4x4, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural
-// Networks", CVPR 2016).
+// 3x3 convolution with stride 1 by Winograd's F(4x4, 3x3) and F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for
+// Convolutional Neural Networks", CVPR 2016).
 //
-// A tile of 4x4 output pixels depends on 6x6 input pixels d. With the matrices B, G and A of the paper,
+// A tile of M x M output pixels depends on (M+2) x (M+2) input pixels d. With the matrices B, G and A of the paper,
 //     output = A^T [ (G g G^T) * (B^T d B) ] A,
-// where * multiplies element by element: 36 products for each pair of channels instead of 144. Summed over input channels
-// they are 36 matrix products, one for each element e of a tile: M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T
-// is prepared once. The points are 0, 1, -1, 2, -2 and infinity; the error is about three times that of the direct sum.
+// where * multiplies element by element: for M = 4 36 products for each pair of channels instead of 144, for M = 2 16
+// instead of 36. Summed over input channels they are matrix products, one for each element e of a tile:
+// M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is prepared once. The points are 0, 1, -1, (2, -2) and
+// infinity; the error for M = 4 is about three times that of the direct sum.
 //
-// A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (144 T C
-// bytes), then for each panel multiplies and transforms back from M (144 T panel bytes). U of a layer (144 C K bytes: 9 MB
-// for 256 x 256) is read once for each block of tiles, from the last-level cache where it fits: T grows with U, so that
-// this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads share the work evenly.
-// Where a layer has few tiles (14x14 pixels: 16) tasks share them and divide the panels.
+// A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (for M = 4
+// 144 T C bytes), then for each panel multiplies and transforms back from M (144 T panel bytes). U of a layer (144 C K
+// bytes: 9 MB for 256 x 256) is read once for each block of tiles, from the last-level cache where it fits: T grows with U,
+// so that this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads share the work
+// evenly. Where a layer has few tiles (14x14 pixels: 16) tasks share them and divide the panels.
 //
-// Arithmetic bounds it: the products are a quarter of the direct sum's, and the transforms add 2 operations per element
-// and pixel for large C.
+// Arithmetic bounds it where there are tiles enough: the products are a quarter of the direct sum's, and the transforms add
+// 2 operations per element and pixel for large C. Where there are few, reading U does: 512 x 512 channels at 7x7 pixels
+// have 38 MB for M = 4 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for M = 2 (0.65 ms in all). The last
+// tiles of a product prefetch the next one's U.
 #include "conv2d_epilogue.h"
 #include "conv2d_tile.h"
 
@@ -22,8 +25,6 @@ namespace fastcv::FASTCV_ISA {
 namespace {
 
 constexpr int L = kLanes<float>;
-constexpr int64_t kTile = 4, kPatch = 6, kElements = 36;
-constexpr int64_t kEnoughTasks = 12;
 
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -36,19 +37,41 @@ struct Plan {
   int64_t row;                      // floats from one element of V to the next: channels, and what keeps cache sets apart
 };
 
+// Output pixels, input pixels and products of a tile, along an axis and in all.
+template <int M>
+constexpr int64_t kPatch = M + 2;
+template <int M>
+constexpr int64_t kElements = (M + 2) * (M + 2);
+
+// Cycles, about: transforming the input, then for each panel reading U from the last-level cache at 32 bytes a cycle, the
+// products, and transforming back.
+template <int M>
+double task_cost(const Conv2dShape& s, int64_t block, int64_t panels) {
+  const double elements = double(kElements<M>), channels = double(s.channels), tiles = double(block);
+  const double u = channels * kPanel * 4 * elements / 32, product = channels * kPanelVectors * elements;
+  return tiles * channels / L * 7 * elements + double(panels) * (u + tiles * (product + 28 * elements));
+}
+
+template <int M>
 Plan make_plan(const Conv2dShape& s) {
   Plan p{};
-  p.tiles_y = ceil_div(s.out_height, kTile), p.tiles_x = ceil_div(s.out_width, kTile);
+  p.tiles_y = ceil_div(s.out_height, M), p.tiles_x = ceil_div(s.out_width, M);
   p.tiles = p.tiles_y * p.tiles_x;
   p.row = ceil_div(s.channels, L) * L + L;
   p.panels = ceil_div(s.out_channels, kPanel);
   const int64_t weights = s.channels * p.panels * kPanel;  // of each element
-  const int64_t most = weights <= 64 * 64 ? 12 : weights <= 256 * 256 ? 24 : 48;
-  p.blocks = ceil_div(p.tiles, most);
-  p.block = ceil_div(p.tiles, p.blocks);
+  const int64_t most = weights <= 64 * 64 ? 12 : weights <= 256 * 256 ? 24 : 48, least = ceil_div(p.tiles, most);
+  double best = 0;
+  for (int64_t blocks = least; blocks <= min_of(p.tiles, least + 2 * s.threads); ++blocks)
+    for (int64_t groups = 1; groups <= p.panels; ++groups) {
+      const int64_t block = ceil_div(p.tiles, blocks), group_panels = ceil_div(p.panels, groups);
+      const int64_t tasks = s.images * ceil_div(p.tiles, block) * ceil_div(p.panels, group_panels);
+      const double cost = double(ceil_div(tasks, s.threads)) * task_cost<M>(s, block, group_panels);
+      if (best == 0 || cost < 0.99 * best)
+        best = cost, p.block = block, p.group_panels = group_panels;
+      if (tasks > 64 * s.threads) break;  // even enough
+    }
   p.blocks = ceil_div(p.tiles, p.block);
-  p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks, max_of(1, s.images * p.blocks)));
-  p.group_panels = ceil_div(p.panels, p.panel_groups);
   p.panel_groups = ceil_div(p.panels, p.group_panels);
   return p;
 }
@@ -56,7 +79,7 @@ Plan make_plan(const Conv2dShape& s) {
 // ---- transforms ------------------------------------------------------------------------------------------------------
 
 // B^T d for one line of a patch.
-FASTCV_INLINE void transform_input(const Vec<float> (&d)[kPatch], Vec<float>* out, int64_t step) {
+FASTCV_INLINE void transform_input(const Vec<float> (&d)[6], Vec<float>* out, int64_t step) {
   const Vec<float> a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
   out[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
   out[step] = a + b;
@@ -65,68 +88,80 @@ FASTCV_INLINE void transform_input(const Vec<float> (&d)[kPatch], Vec<float>* ou
   out[4 * step] = c - e;
   out[5 * step] = 4.0f * d[1] - 5.0f * d[3] + d[5];
 }
+FASTCV_INLINE void transform_input(const Vec<float> (&d)[4], Vec<float>* out, int64_t step) {
+  out[0] = d[0] - d[2];
+  out[step] = d[1] + d[2];
+  out[2 * step] = d[2] - d[1];
+  out[3 * step] = d[1] - d[3];
+}
 
 // A^T m for one line.
-FASTCV_INLINE void transform_output(const Vec<float> (&m)[kPatch], Vec<float>* out, int64_t step) {
+FASTCV_INLINE void transform_output(const Vec<float> (&m)[6], Vec<float>* out, int64_t step) {
   const Vec<float> a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
   out[0] = m[0] + a + c;
   out[step] = b + 2.0f * d;
   out[2 * step] = a + 4.0f * c;
   out[3 * step] = b + 8.0f * d + m[5];
 }
+FASTCV_INLINE void transform_output(const Vec<float> (&m)[4], Vec<float>* out, int64_t step) {
+  out[0] = m[0] + m[1] + m[2];
+  out[step] = m[1] - m[2] - m[3];
+}
 
 // V of one tile: [element][row].
+template <int M>
 void transform_patch(const Conv2d& conv, const Plan& p, int64_t image, int64_t tile, float* v) {
   const Conv2dShape& s = conv.shape;
-  const int64_t y0 = tile / p.tiles_x * kTile - s.pad_h, x0 = tile % p.tiles_x * kTile - s.pad_w;
+  const int64_t y0 = tile / p.tiles_x * M - s.pad_h, x0 = tile % p.tiles_x * M - s.pad_w;
   const float* origin = conv.input.data + image * conv.input.stride_n;
-  const float* at[kElements];  // null outside the map
-  for (int64_t i = 0; i < kPatch; ++i)
-    for (int64_t j = 0; j < kPatch; ++j) {
+  const float* at[kElements<M>];  // null outside the map
+  for (int64_t i = 0; i < kPatch<M>; ++i)
+    for (int64_t j = 0; j < kPatch<M>; ++j) {
       const int64_t y = y0 + i, x = x0 + j;
       const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-      at[i * kPatch + j] = inside ? origin + y * conv.input.stride_y + x * conv.input.stride_x : nullptr;
+      at[i * kPatch<M> + j] = inside ? origin + y * conv.input.stride_y + x * conv.input.stride_x : nullptr;
     }
   for (int64_t c = 0; c < s.channels; c += L) {
     const int n = int(min_of(L, s.channels - c));
-    Vec<float> half[kElements];  // B^T d
-    for (int64_t j = 0; j < kPatch; ++j) {
-      Vec<float> d[kPatch];
-      for (int64_t i = 0; i < kPatch; ++i) {
-        const float* pixel = at[i * kPatch + j];
+    Vec<float> half[kElements<M>];  // B^T d
+    for (int64_t j = 0; j < kPatch<M>; ++j) {
+      Vec<float> d[kPatch<M>];
+      for (int64_t i = 0; i < kPatch<M>; ++i) {
+        const float* pixel = at[i * kPatch<M> + j];
         d[i] = !pixel ? Vec<float>{} : n == L ? load(pixel + c) : load_first(pixel + c, n);
       }
-      transform_input(d, half + j, kPatch);
+      transform_input(d, half + j, kPatch<M>);
     }
-    for (int64_t i = 0; i < kPatch; ++i) {
-      Vec<float> d[kPatch], out[kPatch];
-      for (int64_t j = 0; j < kPatch; ++j) d[j] = half[i * kPatch + j];
+    for (int64_t i = 0; i < kPatch<M>; ++i) {
+      Vec<float> d[kPatch<M>], out[kPatch<M>];
+      for (int64_t j = 0; j < kPatch<M>; ++j) d[j] = half[i * kPatch<M> + j];
       transform_input(d, out, 1);
-      for (int64_t j = 0; j < kPatch; ++j) store(v + (i * kPatch + j) * p.row + c, out[j]);
+      for (int64_t j = 0; j < kPatch<M>; ++j) store(v + (i * kPatch<M> + j) * p.row + c, out[j]);
     }
   }
 }
 
 // The pixels of one tile from its products m, [element][vectors * L], for the channels of one panel.
+template <int M>
 void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t tile, int64_t channel, int vectors,
                     const float* m) {
   const Conv2dShape& s = conv.shape;
   const Bounds bounds(conv.activation);
   const Vec<float> low = broadcast(bounds.low), high = broadcast(bounds.high);
-  const int64_t y0 = tile / p.tiles_x * kTile, x0 = tile % p.tiles_x * kTile;
-  const int64_t rows = min_of(kTile, s.out_height - y0), columns = min_of(kTile, s.out_width - x0);
+  const int64_t y0 = tile / p.tiles_x * M, x0 = tile % p.tiles_x * M;
+  const int64_t rows = min_of(M, s.out_height - y0), columns = min_of(M, s.out_width - x0);
   for (int64_t c = channel; vectors--; c += L, m += L) {
     const int n = int(min_of(L, s.out_channels - c));
-    Vec<float> half[kTile * kPatch];  // A^T m
-    for (int64_t j = 0; j < kPatch; ++j) {
-      Vec<float> line[kPatch];
-      for (int64_t i = 0; i < kPatch; ++i) line[i] = load(m + (i * kPatch + j) * kPanel);
-      transform_output(line, half + j, kPatch);
+    Vec<float> half[M * kPatch<M>];  // A^T m
+    for (int64_t j = 0; j < kPatch<M>; ++j) {
+      Vec<float> line[kPatch<M>];
+      for (int64_t i = 0; i < kPatch<M>; ++i) line[i] = load(m + (i * kPatch<M> + j) * kPanel);
+      transform_output(line, half + j, kPatch<M>);
     }
     const Vec<float> bias = !conv.bias ? Vec<float>{} : n == L ? load(conv.bias + c) : load_first(conv.bias + c, n);
     for (int64_t i = 0; i < rows; ++i) {
-      Vec<float> line[kPatch], out[kTile];
-      for (int64_t j = 0; j < kPatch; ++j) line[j] = half[i * kPatch + j];
+      Vec<float> line[kPatch<M>], out[M];
+      for (int64_t j = 0; j < kPatch<M>; ++j) line[j] = half[i * kPatch<M> + j];
       transform_output(line, out, 1);
       float* output = pixel(conv.output, image, y0 + i, x0) + c;
       const float* residual = conv.residual.data ? pixel(conv.residual, image, y0 + i, x0) + c : nullptr;
@@ -147,9 +182,12 @@ void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t ti
 
 // M of R tiles for one element and panel.
 template <int R, int NV>
-void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step) {
+void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step, bool last) {
   Vec<float> sum[R][NV] = {};
-  accumulate(sum, v, v_step, channels, u);
+  if (last)
+    accumulate<true>(sum, v, v_step, channels, u, channels);
+  else
+    accumulate<false>(sum, v, v_step, channels, u);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -157,10 +195,11 @@ void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, 
 }
 
 template <int R, int NV>
-void multiply_rows(int64_t rows, const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step) {
+void multiply_rows(int64_t rows, const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step,
+                   bool last) {
   if constexpr (R > 1)
-    if (rows < R) return multiply_rows<R - 1, NV>(rows, v, v_step, channels, u, m, m_step);
-  multiply<R, NV>(v, v_step, channels, u, m, m_step);
+    if (rows < R) return multiply_rows<R - 1, NV>(rows, v, v_step, channels, u, m, m_step, last);
+  multiply<R, NV>(v, v_step, channels, u, m, m_step, last);
 }
 
 template <int NV>
@@ -170,7 +209,7 @@ void multiply_block(int64_t tiles, const float* v, int64_t v_step, int64_t chann
   const int64_t calls = ceil_div(tiles, most);
   for (int64_t i = 0, t = 0; i < calls; ++i) {
     const int64_t rows = (tiles - t) / (calls - i);
-    multiply_rows<most, NV>(rows, v + t * v_step, v_step, channels, u, m + t * m_step, m_step);
+    multiply_rows<most, NV>(rows, v + t * v_step, v_step, channels, u, m + t * m_step, m_step, i + 1 == calls);
     t += rows;
   }
 }
@@ -185,68 +224,94 @@ void multiply_vectors(int vectors, int64_t tiles, const float* v, int64_t v_step
   }
 }
 
+template <int M>
 void run_task(const Conv2d& conv, const Plan& p, int64_t image, int64_t first, int64_t last, int64_t panel, int64_t end_panel,
               float* scratch) {
   const Conv2dShape& s = conv.shape;
-  const int64_t v_step = kElements * p.row, m_step = kElements * kPanel;
+  const int64_t v_step = kElements<M> * p.row, m_step = kElements<M> * kPanel;
   float *const v = scratch, *const m = scratch + p.block * v_step;
-  for (int64_t t = first; t < last; ++t) transform_patch(conv, p, image, t, v + (t - first) * v_step);
+  for (int64_t t = first; t < last; ++t) transform_patch<M>(conv, p, image, t, v + (t - first) * v_step);
   for (; panel < end_panel; ++panel) {
     const int64_t channel = panel * kPanel;
     const int vectors = int(ceil_div(min_of(kPanel, s.out_channels - channel), L));
-    const float* u = conv.weight + channel * s.channels * kElements;
-    for (int64_t e = 0; e < kElements; ++e, u += s.channels * vectors * L)
+    const float* u = conv.weight + channel * s.channels * kElements<M>;
+    for (int64_t e = 0; e < kElements<M>; ++e, u += s.channels * vectors * L)
       multiply_vectors(vectors, last - first, v + e * p.row, v_step, s.channels, u, m + e * kPanel, m_step);
-    for (int64_t t = first; t < last; ++t) transform_back(conv, p, image, t, channel, vectors, m + (t - first) * m_step);
+    for (int64_t t = first; t < last; ++t) transform_back<M>(conv, p, image, t, channel, vectors, m + (t - first) * m_step);
   }
 }
 
-// G g G^T.
-void transform_weight(const float* g, double (&u)[kElements]) {
-  constexpr double G[kPatch][3] = {{1 / 4., 0, 0},           {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
-                                   {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
-  double half[kPatch][3];
-  for (int i = 0; i < kPatch; ++i)
-    for (int j = 0; j < 3; ++j) half[i][j] = G[i][0] * g[j] + G[i][1] * g[3 + j] + G[i][2] * g[6 + j];
-  for (int i = 0; i < kPatch; ++i)
-    for (int j = 0; j < kPatch; ++j)
-      u[i * kPatch + j] = half[i][0] * G[j][0] + half[i][1] * G[j][1] + half[i][2] * G[j][2];
+// G g G^T for the filters of L output channels at once, g as [9][L] and u as [elements][L].
+template <int M>
+void transform_weights(const double (&g)[9][L], double (&u)[kElements<M>][L]) {
+  constexpr double kG4[6][3] = {{1 / 4., 0, 0},           {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
+                                {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
+  constexpr double kG2[4][3] = {{1, 0, 0}, {1 / 2., 1 / 2., 1 / 2.}, {1 / 2., -1 / 2., 1 / 2.}, {0, 0, 1}};
+  const auto& G = [&]() -> const auto& {
+    if constexpr (M == 4)
+      return kG4;
+    else
+      return kG2;
+  }();
+  double half[3 * kPatch<M>][L];
+  for (int i = 0; i < kPatch<M>; ++i)
+    for (int j = 0; j < 3; ++j)
+      for (int l = 0; l < L; ++l) half[3 * i + j][l] = G[i][0] * g[j][l] + G[i][1] * g[3 + j][l] + G[i][2] * g[6 + j][l];
+  for (int i = 0; i < kPatch<M>; ++i)
+    for (int j = 0; j < kPatch<M>; ++j)
+      for (int l = 0; l < L; ++l)
+        u[i * kPatch<M> + j][l] = half[3 * i][l] * G[j][0] + half[3 * i + 1][l] * G[j][1] + half[3 * i + 2][l] * G[j][2];
+}
+
+template <int M>
+void prepare(const Conv2dShape& s, const float* weight, float* prepared) {
+  for (int64_t k0 = 0; k0 < s.out_channels; k0 += kPanel) {
+    const int64_t columns = ceil_div(min_of(kPanel, s.out_channels - k0), L) * L;
+    for (int64_t c = 0; c < s.channels; ++c)
+      for (int64_t k = 0; k < columns; k += L) {
+        double g[9][L] = {}, u[kElements<M>][L];
+        for (int64_t l = 0; l < min_of(L, s.out_channels - k0 - k); ++l)
+          for (int64_t i = 0; i < 9; ++i) g[i][l] = weight[((k0 + k + l) * s.channels + c) * 9 + i];
+        transform_weights<M>(g, u);
+        for (int64_t e = 0; e < kElements<M>; ++e)
+          for (int64_t l = 0; l < L; ++l) prepared[(e * s.channels + c) * columns + k + l] = float(u[e][l]);
+      }
+    prepared += kElements<M> * s.channels * columns;
+  }
+}
+
+template <int M>
+int64_t count_tasks(const Conv2dShape& s) {
+  const Plan p = make_plan<M>(s);
+  return s.images * p.blocks * p.panel_groups;
+}
+
+template <int M>
+int64_t scratch_size(const Conv2dShape& s) {
+  const Plan p = make_plan<M>(s);
+  return p.block * kElements<M> * (p.row + kPanel);
+}
+
+template <int M>
+void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
+  const Plan p = make_plan<M>(conv.shape);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t group = i % p.panel_groups, block = i / p.panel_groups % p.blocks, image = i / p.panel_groups / p.blocks;
+    run_task<M>(conv, p, image, block * p.block, min_of(p.tiles, (block + 1) * p.block), group * p.group_panels,
+                min_of(p.panels, (group + 1) * p.group_panels), scratch);
+  }
 }
 
 }  // namespace
 
-int64_t conv2d_winograd_weights(const Conv2dShape& s) { return kElements * s.channels * ceil_div(s.out_channels, L) * L; }
+#define FASTCV_WINOGRAD(name, M)                                                                                          \
+  int64_t name##_weights(const Conv2dShape& s) { return kElements<M> * s.channels * ceil_div(s.out_channels, L) * L; }     \
+  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { prepare<M>(s, weight, prepared); }     \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<M>(s); }                                                 \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<M>(s); }                                              \
+  void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<M>(conv, begin, end, scratch); }
 
-void conv2d_winograd_prepare(const Conv2dShape& s, const float* weight, float* prepared) {
-  for (int64_t k0 = 0; k0 < s.out_channels; k0 += kPanel) {
-    const int64_t columns = ceil_div(min_of(kPanel, s.out_channels - k0), L) * L;
-    for (int64_t k = 0; k < columns; ++k)
-      for (int64_t c = 0; c < s.channels; ++c) {
-        double u[kElements] = {};
-        if (k0 + k < s.out_channels) transform_weight(weight + ((k0 + k) * s.channels + c) * 9, u);
-        for (int64_t e = 0; e < kElements; ++e) prepared[(e * s.channels + c) * columns + k] = float(u[e]);
-      }
-    prepared += kElements * s.channels * columns;
-  }
-}
-
-int64_t conv2d_winograd_tasks(const Conv2dShape& s) {
-  const Plan p = make_plan(s);
-  return s.images * p.blocks * p.panel_groups;
-}
-
-int64_t conv2d_winograd_scratch(const Conv2dShape& s) {
-  const Plan p = make_plan(s);
-  return p.block * kElements * (p.row + kPanel);
-}
-
-void conv2d_winograd(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
-  const Plan p = make_plan(conv.shape);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t group = i % p.panel_groups, block = i / p.panel_groups % p.blocks, image = i / p.panel_groups / p.blocks;
-    run_task(conv, p, image, block * p.block, min_of(p.tiles, (block + 1) * p.block), group * p.group_panels,
-             min_of(p.panels, (group + 1) * p.group_panels), scratch);
-  }
-}
+FASTCV_WINOGRAD(conv2d_winograd, 4)
+FASTCV_WINOGRAD(conv2d_winograd_2x2, 2)
 
 }  // namespace fastcv::FASTCV_ISA

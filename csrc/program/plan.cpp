@@ -4,6 +4,10 @@
 #include "program.h"
 #include "run.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastcv::program {
 namespace {
 
@@ -26,9 +30,22 @@ StepKernel step_kernel(Op op) {
   }
 }
 
+// Large ones on huge pages: they are read once a run, and the processor's prefetching ends where a page does.
+float* allocate_weights(size_t bytes) {
+  constexpr size_t kLine = 64, kHuge = size_t(1) << 21;
+  const size_t page = bytes >= kHuge ? kHuge : kLine;
+  void* const memory = std::aligned_alloc(page, (bytes + kLine + page - 1) / page * page);
+  if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+  if (page == kHuge) madvise(memory, (bytes + kLine + page - 1) / page * page, MADV_HUGEPAGE);
+#endif
+  return static_cast<float*>(memory);
+}
+
 }  // namespace
 
 const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const Conv2dShape& shape) {
+  if (std::string("gemv") == kernel.name && s.weights[2] < 0) return s.weight(*this, 0);  // read where it lies
   const std::lock_guard lock(mutex_);
   auto& kept = prepared_[{&kernel, s.weights[0], s.weights[2], shape.groups}];
   if (!kept) {
@@ -42,15 +59,13 @@ const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const 
         for (int64_t i = 0; i < row; ++i) scaled[size_t(k * row + i)] = from[k * row + i] * scale[k];
       from = scaled.data();
     }
-    const size_t bytes = (size_t(kernel.weights(shape)) * sizeof(float) + 127) / 64 * 64;
-    kept.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (!kept) throw std::bad_alloc();
+    kept.reset(allocate_weights(size_t(kernel.weights(shape)) * sizeof(float)));
     kernel.prepare(shape, from, kept.get());
   }
   return kept.get();
 }
 
-Plan make_plan(Program& program, const std::vector<Extent>& inputs) {
+Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads) {
   Plan plan;
   plan.extents = inputs;
   plan.extents.resize(size_t(program.values));
@@ -61,6 +76,7 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs) {
       planned.other = step_kernel(Op::cat);
     } else if (program.steps[planned.step].op == Op::conv) {
       planned.shape = conv_shape(program, program.steps[planned.step], plan.extents);
+      planned.shape.threads = threads;
       planned.conv = conv2d_kernel(program.steps[planned.step].weight(program, 3) ? "gemm" : "auto", planned.shape);
       planned.weight = program.prepared(program.steps[planned.step], *planned.conv, planned.shape);
       plan.scratch = std::max(plan.scratch, planned.conv->scratch(planned.shape));

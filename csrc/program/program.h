@@ -104,9 +104,10 @@ struct Plan {
 
 // Throw std::invalid_argument where sizes do not fit.
 Extent output_extent(const Program& program, const Step& step, const std::vector<Extent>& extents);
+// The shape of a convolution for one thread.
 Conv2dShape conv_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
 // Sets places, arena, and the copies that are needed.
 void place_values(const Program& program, Plan& plan);
-Plan make_plan(Program& program, const std::vector<Extent>& inputs);
+Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads);
 
 }  // namespace fastcv::program

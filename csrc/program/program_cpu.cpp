@@ -51,7 +51,7 @@ struct Loaded {
       }
     std::shared_ptr<const Plan> made;
     try {
-      made = std::make_shared<const Plan>(make_plan(program, inputs));
+      made = std::make_shared<const Plan>(make_plan(program, inputs, torch::stable::get_num_threads()));
     } catch (const std::invalid_argument& error) {
       STD_TORCH_CHECK(false, "fastcv program: ", error.what());
     }

@@ -1,0 +1,251 @@
+"""``python -m benchmarks.models``: whole models of torchvision on each runtime that is installed.
+
+Every runtime is a process of its own with one model in it; they take turns, a few calls each, so that the machine's
+moods hit all alike. Outputs are compared with torch's before anything is timed. Models have random weights from a fixed
+seed and batch norms whose statistics are not trivial. What is not installed, or cannot run a model, is named in the
+table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CLASSIFIERS = (  # noqa: SIM905
+    "alexnet vgg16 googlenet inception_v3 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 mobilenet_v2 "
+    "mobilenet_v3_large efficientnet_b0 shufflenet_v2_x1_0 squeezenet1_1 mnasnet1_0 regnet_y_1_6gf convnext_tiny"
+).split()
+BACKBONE = "fasterrcnn_resnet50_fpn backbone"
+RUNTIMES = ("fastcv", "torch", "torch, channels-last", "torch.compile", "ONNX Runtime", "OpenVINO")
+ROUNDS, SECONDS = 7, 0.25  # turns of each runtime, and about how long one is
+TOLERANCE = 1e-3  # of the largest output: runtimes may compute in other orders, but not something else
+
+
+def build(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model of torchvision in evaluation mode, and an input."""
+    import torchvision
+
+    torch.manual_seed(0)
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    if name == BACKBONE:
+        model = torchvision.models.get_model(name.split()[0], weights=None, weights_backbone=None).backbone
+    else:
+        model = torchvision.models.get_model(name, weights=None, **options)
+    for module in model.modules():
+        if type(module).__name__ in ("BatchNorm2d", "FrozenBatchNorm2d"):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    size = (800, 1088) if name == BACKBONE else (299, 299) if name == "inception_v3" else (224, 224)
+    return model.eval(), torch.randn(1, 3, *size)
+
+
+# ---- runtimes: each returns a function without arguments that gives the outputs as a list of arrays ------------------
+
+
+def _leaves(outputs) -> list:
+    return [leaf.detach().numpy() for leaf in torch.utils._pytree.tree_leaves(outputs)]
+
+
+def _torch(model, x):
+    return lambda: _leaves(model(x))
+
+
+def _channels_last(model, x):
+    return _torch(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
+
+
+def _compile(model, x):
+    return _torch(torch.compile(model), x)
+
+
+def _fastcv(model, x):
+    import fastcv
+
+    return _torch(fastcv.accelerate(model), x)
+
+
+def _onnx(model, x) -> str:
+    path = tempfile.mkdtemp() + "/model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=False, opset_version=17)
+    return path
+
+
+def _onnxruntime(model, x):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(_onnx(model, x), options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, inputs)
+
+
+def _openvino(model, x):
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(_onnx(model, x), "CPU", options)
+    request, array = compiled.create_infer_request(), x.numpy()
+    return lambda: [request.infer([array])[output] for output in compiled.outputs]
+
+
+PREPARE: dict[str, Callable] = dict(
+    zip(RUNTIMES, (_fastcv, _torch, _channels_last, _compile, _onnxruntime, _openvino), strict=True)
+)
+
+
+def _work(pipe, runtime: str, name: str, threads: int) -> None:
+    """A runtime's process: builds, sends its outputs, then times as many calls as it is asked for."""
+    torch.set_num_threads(threads)
+    try:
+        model, x = build(name)
+        with torch.no_grad():
+            call = PREPARE[runtime](model, x)
+        with torch.inference_mode() if runtime != "torch.compile" else torch.no_grad():
+            for _ in range(3):
+                outputs = call()
+            pipe.send([output.copy() for output in outputs])
+            while calls := pipe.recv():
+                call()  # what others left in the caches is gone
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                pipe.send((time.perf_counter() - start) / calls)
+    except ImportError as error:
+        pipe.send(f"not installed ({error.name})")
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(f"failed ({type(error).__name__})")
+
+
+@dataclasses.dataclass
+class Row:
+    model: str
+    seconds: dict[str, float]  # of runtimes that ran
+    missing: dict[str, str]  # and why others did not
+
+    def ratio(self, *others: str) -> float:
+        """The best of the others' time over fastcv's."""
+        return min(self.seconds.get(other, math.nan) for other in others) / self.seconds["fastcv"]
+
+
+def measure(name: str, runtimes: tuple[str, ...], threads: int) -> Row:
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, outputs = {}, {}, {}
+    for runtime in runtimes:  # one after the other: building one must not disturb another
+        pipes[runtime], other = context.Pipe()
+        processes[runtime] = context.Process(target=_work, args=(other, runtime, name, threads), daemon=True)
+        processes[runtime].start()
+        outputs[runtime] = pipes[runtime].recv()
+    missing = {runtime: why for runtime, why in outputs.items() if isinstance(why, str)}
+    running = [runtime for runtime in runtimes if runtime not in missing]
+    for runtime in running:
+        for result, expected in zip(outputs[runtime], outputs["torch"], strict=True):
+            error = abs(result - expected).max() / abs(expected).max()
+            assert error <= TOLERANCE, f"{name}: {runtime} differs from torch by {error:.1e}"
+    times: dict[str, list[float]] = {runtime: [] for runtime in running}
+    calls = dict.fromkeys(running, 1)
+    for _ in range(ROUNDS + 1):
+        for runtime in running:
+            pipes[runtime].send(calls[runtime])
+            seconds = pipes[runtime].recv()
+            times[runtime].append(seconds)
+            calls[runtime] = max(1, min(100, int(SECONDS / seconds)))
+    for runtime in running:
+        pipes[runtime].send(0)
+        processes[runtime].join()
+    return Row(name, {r: statistics.median(t[1:]) for r, t in times.items()}, missing)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def table(rows: list[Row], environment: dict) -> str:
+    runtimes = [r for r in RUNTIMES if any(r in row.seconds or r in row.missing for row in rows)]
+    others = [r for r in runtimes if r not in ("fastcv", "torch")]
+    lines = [
+        "# Whole models",
+        "",
+        f"{environment['processor']}, {environment['threads']} threads, torch {environment['torch']}; batch 1, "
+        "float32, milliseconds, the median of turns. Written by `python -m benchmarks.models`.",
+        "",
+        f"| model | {' | '.join(runtimes)} | torch / fastcv | best other / fastcv |",
+        "|---|" + "---:|" * (len(runtimes) + 2),
+    ]
+    for row in rows:
+        cells = [f"{row.seconds[r] * 1e3:.1f}" if r in row.seconds else row.missing.get(r, "") for r in runtimes]
+        best = [row.ratio(r) for r in others if r in row.seconds]
+        lines.append(
+            f"| {row.model} | {' | '.join(cells)} | {row.ratio('torch'):.2f} | {min(best, default=math.nan):.2f} |"
+        )
+    classifiers = [row for row in rows if row.model in CLASSIFIERS]
+    if classifiers:
+        lines += ["", f"Geometric means over the {len(classifiers)} classifiers, time of a runtime over fastcv's: "]
+        means = [(r, [row.ratio(r) for row in classifiers if r in row.seconds]) for r in runtimes if r != "fastcv"]
+        lines[-1] += ", ".join(f"{r} {geometric_mean(values):.2f}" for r, values in means if values) + "."
+        runners = [r for r in ("ONNX Runtime", "OpenVINO") if all(r in row.seconds for row in classifiers)]
+        if runners:
+            best = geometric_mean([row.ratio(*runners) for row in classifiers])
+            lines[-1] += f" The better of {' and '.join(runners)}: {best:.2f}."
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=[*CLASSIFIERS, BACKBONE], help="names of torchvision's")
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="folder for models.json and models.md; default: none for a part")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    runtimes = tuple(dict.fromkeys(("fastcv", "torch", *options.runtimes)))
+    rows = []
+    for name in options.models:
+        rows.append(measure(name, runtimes, options.threads))
+        times = ", ".join(f"{runtime} {seconds * 1e3:.1f} ms" for runtime, seconds in rows[-1].seconds.items())
+        print(f"{name}: {times} {rows[-1].missing or ''}", flush=True)
+    environment = harness.environment()
+    text = table(rows, environment)
+    print(text)
+    whole = arguments is None and len(sys.argv) == 1
+    folder = options.output or (RESULTS if whole else None)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in (
+            (
+                folder / "models.json",
+                json.dumps({"environment": environment, "rows": [vars(r) for r in rows]}, indent=1),
+            ),
+            (folder / "models.md", text),
+        ):
+            temporary = path.with_suffix(".part")
+            temporary.write_text(content)
+            temporary.replace(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
