@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .cli import detect, info, run
+from .cli import compare, detect, info, run
 
-COMMANDS = (info, run, detect)
+COMMANDS = (info, run, detect, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

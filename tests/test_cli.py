@@ -176,3 +176,15 @@ def test_a_file_is_whole_or_old(tmp_path):
         raise KeyError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_compare(capsys):
+    pytest.importorskip("torchvision")
+    assert main(["compare", "mobilenet_v3_small", "--size", "64", "64", "--rounds", "2", "--program"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 program with 54 convolutions" in printed and "largest relative difference" in printed
+    assert "conv 3x3/2 g16" in printed
+    with pytest.raises(SystemExit, match="expected a name of torchvision's"):
+        main(["compare", "resnet9000"])
+    with pytest.raises(SystemExit, match="--batch: expected a positive number, got 0"):
+        main(["compare", "resnet18", "--batch", "0"])

@@ -51,4 +51,36 @@ FASTCV_INLINE Vec<T> exp(Vec<T> x, T) {
   return x == x ? y : x;
 }
 
+// 1 / x for x in [1, 1e38]: an estimate and Newton's steps, where a division would take as long as a dozen products.
+FASTCV_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return fma(y, fma(-x, y, broadcast(1.0f)), y);
+#elif defined(__AVX2__)
+  Vec<float> y = (Vec<float>)_mm256_rcp_ps((__m256)x);
+  y = fma(y, fma(-x, y, broadcast(1.0f)), y);
+  return fma(y, fma(-x, y, broadcast(1.0f)), y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + exp(-x)), with a relative error of 3e-7 above -87; below it stays 1e-38.
+FASTCV_INLINE Vec<float> sigmoid(Vec<float> x) {
+  using C = ExpConstants<float>;
+  const Vec<float> t = min(max(-x, broadcast(-87.0f)), broadcast(87.0f));
+  const Vec<float> rounded = fma(t, broadcast(0x1.715476p0f), broadcast(C::kRound)), n = rounded - C::kRound;
+  const Vec<float> r = fma(n, broadcast(-C::kLn2Low), fma(n, broadcast(-C::kLn2High), t));
+  Vec<float> y = broadcast(1.0f / 720);  // Taylor's polynomial: 1.2e-7 at the ends
+  constexpr float c[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (int i = 0; i < 6; ++i) y = fma(y, r, broadcast(c[i]));
+  Vec<int32_t> exponent, bits;
+  memcpy(&exponent, &rounded, sizeof exponent);
+  memcpy(&bits, &y, sizeof bits);
+  bits += exponent << C::kMantissaBits;
+  memcpy(&y, &bits, sizeof y);
+  const Vec<float> result = reciprocal(1.0f + y);
+  return x == x ? result : x;
+}
+
 }  // namespace fastcv::FASTCV_ISA

@@ -6,8 +6,6 @@
 
 namespace fastcv::FASTCV_ISA {
 
-FASTCV_INLINE Vec<float> sigmoid(Vec<float> x) { return 1.0f / (1.0f + exp(-x, 0.0f)); }
-
 // x Phi(x), with the complementary error function as t exp(p(t) - z^2), t = 1 / (1 + z / 2); the polynomial is a fit to
 // Chebyshev nodes, with a relative error of 3e-7 for all z >= 0.
 FASTCV_INLINE Vec<float> gelu(Vec<float> x) {

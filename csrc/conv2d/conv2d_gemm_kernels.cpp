@@ -10,9 +10,10 @@
 // A task is a block of output pixels of one image and group, times some of the panels. Its input is small enough for the
 // second-level cache while it meets panel after panel, and a panel is read from beyond that cache once for each task.
 //
-// A panel of great depth (3x3 with 512 channels: 1.2 MB) would be read from beyond the second-level cache for every tile. It
-// is cut into chunks, at most kChunkDepth deep, and sums wait between them in scratch memory. The last tile of a panel fetches
-// the next panel meanwhile.
+// Panels of great depth (3x3 with 512 channels: 1.2 MB) would be read from beyond the second-level cache for every tile. The
+// depth is cut into chunks, and sums wait between them in scratch memory: rows of the kernel, or channels of 1x1, where the
+// input of more pixels fits the cache for it (a linear layer of 12544 channels). The last tile of a panel fetches the next
+// panel meanwhile.
 //
 // 1x1 convolutions read their input where it lies. For others the input of a block is first copied, channels of the group
 // side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW * C
@@ -27,7 +28,8 @@ constexpr int L = kLanes<float>;
 constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
 constexpr int64_t kLargeBlock = 128 * 1024;    // where weights (of 2 MB and more) are read for each: 512 KB
 constexpr int64_t kMostPixels = 192, kEnoughTasks = 8;  // for each thread
-constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel: 384 KB
+constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel that is not cut: 384 KB
+constexpr int64_t kFlatChunk = 512, kChunkedPanels = 4;  // where the pixels' channels are cut: how deep, and panels of a task
 
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -53,7 +55,11 @@ Plan make_plan(const Conv2dShape& s) {
   p.in_place = p.flat && s.stride_h == 1 && s.stride_w == 1 && !s.input_norm;
   const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
   // Input elements for each output pixel, about.
-  const int64_t reach = channels * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
+  p.chunks = p.flat           ? (p.depth > kChunkDepth ? ceil_div(p.depth, kFlatChunk) : 1)
+             : s.kernel_h > 1 ? min_of(s.kernel_h, ceil_div(p.depth, kChunkDepth))
+                              : 1;
+  const int64_t resident = p.in_place ? ceil_div(channels, p.chunks) : channels;
+  const int64_t reach = resident * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
   const int64_t elements = p.depth * s.group_outputs() < 512 * 1024 ? kBlockElements : kLargeBlock;
   const int64_t pixels = max_of(12, min_of(kMostPixels, elements / max_of(1, reach)));
   p.blocks_x = ceil_div(columns, pixels);
@@ -64,11 +70,9 @@ Plan make_plan(const Conv2dShape& s) {
   const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
   p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks * s.threads, max_of(1, blocks)));
   p.group_panels = ceil_div(p.panels, p.panel_groups);
+  if (p.block_h * p.block_w <= tile_rows(kPanelVectors)) p.chunks = 1;  // weights are read once anyway
+  if (p.chunks > 1) p.group_panels = min_of(p.group_panels, kChunkedPanels);
   p.panel_groups = ceil_div(p.panels, p.group_panels);
-  p.chunks = s.kernel_h > 1    ? min_of(s.kernel_h, ceil_div(p.depth, kChunkDepth))
-             : s.kernel_w == 1 ? ceil_div(p.depth, kChunkDepth)
-                               : 1;
-  if (p.block_h * p.block_w <= tile_rows(kPanelVectors)) p.chunks = 1;  // read once anyway
   p.strip_h = p.flat ? 1 : (p.block_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
   p.strip_w = p.flat ? p.block_w : (p.block_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
   return p;
@@ -271,7 +275,7 @@ bool one_row(const PixelMap<T>& map, int64_t width) {
   return !map.data || map.stride_y == width * map.stride_x;
 }
 
-// One chunk of a block; t has its part of the depth.
+// One panel of a block; t has its part of the depth.
 void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int64_t y0, int64_t x0, const float* strip) {
   const Conv2dShape& s = conv.shape;
   float* const partial = t.partial;
@@ -298,31 +302,26 @@ void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int6
   }
 }
 
-// strip: the copied input, or the input of the image and group where it is read in place. After it lies room for sums.
-void run_block(const Conv2d& conv, const Plan& p, Rows rows, int64_t y0, int64_t x0, const float* strip, float* partial) {
+// The part of the depth that one chunk is, for panels from rows.panel to `last`. strip: the copied input, or the input of
+// the image and group where it is read in place; partial: room for sums of block_h * block_w pixels for each panel.
+void run_panels(const Conv2d& conv, const Plan& p, Rows rows, int64_t last, int64_t chunk, int64_t y0, int64_t x0,
+                const float* strip, float* partial) {
   const Conv2dShape& s = conv.shape;
-  const int64_t channels = s.group_channels();
+  const int64_t channels = s.group_channels(), length = s.kernel_h > 1 ? s.kernel_h : p.flat ? channels : 1;
+  const int64_t from = length * chunk / p.chunks, to = length * (chunk + 1) / p.chunks;
   const bool whole_rows = p.flat || s.dilation_w == 1;
   Tile t(conv.activation);
-  t.runs_x = whole_rows ? 1 : s.kernel_w;
-  t.run_y = s.dilation_h * p.strip_w * channels, t.run_x = s.dilation_w * channels;
+  t.first = chunk == 0, t.final = chunk + 1 == p.chunks;
   t.step = p.in_place ? conv.input.stride_x : p.flat ? channels : s.stride_w * channels;
-  t.partial = p.chunks > 1 ? partial : nullptr;
-  const int64_t length = s.kernel_h > 1 ? s.kernel_h : channels;  // what is cut into chunks
-  for (int64_t i = 0; i < p.chunks; ++i) {
-    const int64_t from = length * i / p.chunks, to = length * (i + 1) / p.chunks;
-    t.first = i == 0, t.final = i + 1 == p.chunks;
-    if (s.kernel_h > 1) {
-      t.runs_y = to - from, t.run = whole_rows ? s.kernel_w * channels : channels;
-      rows.begin = from * s.kernel_w * channels;
-      t.ahead = t.runs_y * s.kernel_w * channels;
-      run_chunk(conv, p, rows, t, y0, x0, strip + from * t.run_y);
-    } else {  // channels of one pixel, or of a row of the kernel that is not cut
-      t.runs_y = 1, t.run = p.chunks == 1 ? (whole_rows ? s.kernel_w * channels : channels) : to - from;
-      rows.begin = from;
-      t.ahead = p.chunks == 1 ? p.depth : to - from;
-      run_chunk(conv, p, rows, t, y0, x0, strip + (p.chunks == 1 ? 0 : from));
-    }
+  t.runs_y = p.flat ? 1 : to - from, t.runs_x = whole_rows ? 1 : s.kernel_w;
+  t.run_y = s.dilation_h * p.strip_w * channels, t.run_x = s.dilation_w * channels;
+  t.run = p.flat ? to - from : whole_rows ? s.kernel_w * channels : channels;
+  t.ahead = p.depth;
+  rows.begin = p.flat ? from : from * s.kernel_w * channels;
+  strip += p.flat ? from : from * t.run_y;
+  for (; rows.panel < last; ++rows.panel, partial += p.block_h * p.block_w * kPanel) {
+    t.partial = p.chunks > 1 ? partial : nullptr;
+    run_chunk(conv, p, rows, t, y0, x0, strip);
   }
 }
 
@@ -355,7 +354,7 @@ static int64_t strip_size(const Conv2dShape& s, const Plan& p) {
 
 int64_t conv2d_gemm_scratch(const Conv2dShape& s) {
   const Plan p = make_plan(s);
-  return strip_size(s, p) + (p.chunks > 1 ? p.block_h * p.block_w * kPanel : 0);
+  return strip_size(s, p) + (p.chunks > 1 ? p.group_panels * p.block_h * p.block_w * kPanel : 0);
 }
 
 void conv2d_gemm(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
@@ -371,8 +370,10 @@ void conv2d_gemm(const Conv2d& conv, int64_t begin, int64_t end, float* scratch)
       copy_strip(conv, p, image, group, y0, x0, scratch);
     const float* strip =
         p.in_place ? conv.input.data + image * conv.input.stride_n + group * conv.shape.group_channels() : scratch;
-    for (int64_t panel = panel_group * p.group_panels; panel < min_of(p.panels, (panel_group + 1) * p.group_panels); ++panel)
-      run_block(conv, p, Rows{conv, p, image, group, panel}, y0, x0, strip, scratch + strip_size(conv.shape, p));
+    const int64_t panel = panel_group * p.group_panels, last = min_of(p.panels, panel + p.group_panels);
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk)
+      run_panels(conv, p, Rows{conv, p, image, group, panel}, last, chunk, y0, x0, strip,
+                 scratch + strip_size(conv.shape, p));
   }
 }
 

@@ -79,6 +79,13 @@ void step_affine(const StepTask& t, int64_t begin, int64_t end) {
   });
 }
 
+int64_t step_prelu_tasks(const StepTask& t) { return band_tasks(t.out); }
+void step_prelu(const StepTask& t, int64_t begin, int64_t end) {
+  map_pixels(t, begin, end, [&](Vec<float> x, int64_t c, int n) FASTCV_INLINE_LAMBDA {
+    return x > 0 ? x : x * load_n(t.scale + c, n);
+  });
+}
+
 int64_t step_copy_tasks(const StepTask& t) { return band_tasks(t.out); }
 void step_copy(const StepTask& t, int64_t begin, int64_t end) {
   map_pixels(t, begin, end, [](Vec<float> x, int64_t, int) FASTCV_INLINE_LAMBDA { return x; });
@@ -94,21 +101,25 @@ void step_interleave(const StepTask& t, int64_t begin, int64_t end) {
   });
 }
 
-// Tasks are images.
-int64_t step_flatten_tasks(const StepTask& t) { return t.in.n; }
+// Tasks are pieces of the channels of an image: 16 lines of the output are written side by side, those of the input read once.
+constexpr int64_t kFlattened = 64;  // channels of a task
+
+int64_t step_flatten_tasks(const StepTask& t) { return t.in.n * ((t.in.c + kFlattened - 1) / kFlattened); }
 void step_flatten(const StepTask& t, int64_t begin, int64_t end) {
-  const int64_t pixels = t.in.h * t.in.w;
-  for (int64_t image = begin; image < end; ++image) {
-    float* out = pixel(t.y, image, 0, 0);
+  const int64_t pixels = t.in.h * t.in.w, pieces = (t.in.c + kFlattened - 1) / kFlattened;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = i / pieces, first = i % pieces * kFlattened, last = step_min(t.in.c, first + kFlattened);
+    float* out = pixel(t.y, image, 0, 0) + first * pixels;
     if (pixels == 1) {
-      copy_channels(pixel(t.a, image, 0, 0), t.in.c, out);
+      copy_channels(pixel(t.a, image, 0, 0) + first, last - first, out);
       continue;
     }
-    for (int64_t c0 = 0; c0 < t.in.c; c0 += L)  // lines of the input are read once
-      for (int64_t y = 0; y < t.in.h; ++y)
-        for (int64_t x = 0; x < t.in.w; ++x)
-          for (int64_t c = c0; c < step_min(t.in.c, c0 + L); ++c)
-            out[c * pixels + y * t.in.w + x] = pixel(t.a, image, y, x)[c];
+    for (int64_t y = 0; y < t.in.h; ++y)
+      for (int64_t x = 0; x < t.in.w; ++x) {
+        const float* from = pixel(t.a, image, y, x);
+        float* to = out + y * t.in.w + x;
+        for (int64_t c = first; c < last; ++c, to += pixels) *to = from[c];
+      }
   }
 }
 

@@ -112,7 +112,7 @@ class Placement {
       if (out.parent >= 0 || out.has_children || out.is_output) continue;
       const bool conv = step.op == Op::conv && step.inputs.size() == 2 && step.inputs[0] != step.inputs[1];
       const bool elementwise = step.op == Op::add || step.op == Op::mul || step.op == Op::activate || step.op == Op::affine ||
-                               step.op == Op::layer_norm;
+                               step.op == Op::layer_norm || step.op == Op::prelu;
       if (!conv && !elementwise) continue;
       const int64_t value = step.inputs[conv ? 1 : 0];
       if (may_take(value, i) && plan_.extents[size_t(value)] == plan_.extents[size_t(step.output)]) put(step.output, value, 0);

@@ -26,6 +26,7 @@ StepKernel step_kernel(Op op) {
     case Op::flatten: return FASTCV_STEP(flatten);
     case Op::resize: return FASTCV_STEP(resize);
     case Op::layer_norm: return FASTCV_STEP(layer_norm);
+    case Op::prelu: return FASTCV_STEP(prelu);
     default: return FASTCV_STEP(copy);
   }
 }

@@ -39,6 +39,7 @@ enum class Op : int64_t {
   flatten,            // input [N, C, H, W] to [N, C * H * W], in this order
   resize,             // input, [like]: nearest or bilinear
   layer_norm,         // input; scale, shift, over the channels of each pixel
+  prelu,              // input; slope of each channel
 };
 
 struct Step {

@@ -122,7 +122,7 @@ struct Arity {
   size_t inputs, most_inputs, params, weights;
 };
 const Arity kArity[] = {{1, 2, 9, 5},  {1, 1, 10, 0}, {1, 1, 10, 0},   {1, 1, 2, 0}, {2, 2, 2, 0}, {2, 2, 2, 0}, {1, 1, 2, 0},
-                        {1, 1, 2, 2}, {1, 1 << 20, 0, 0}, {2, 2, 0, 0}, {1, 1, 2, 0}, {1, 1, 0, 0}, {1, 2, 7, 0}, {1, 1, 1, 2}};
+                        {1, 1, 2, 2}, {1, 1 << 20, 0, 0}, {2, 2, 0, 0}, {1, 1, 2, 0}, {1, 1, 0, 0}, {1, 2, 7, 0}, {1, 1, 1, 2}, {1, 1, 0, 1}};
 
 void check_step(const Program& program, const Step& step) {
   const Arity& a = kArity[size_t(step.op)];
@@ -147,6 +147,9 @@ void check_step(const Program& program, const Step& step) {
                     "code: stride, padding, dilation or groups of a convolution");
     is_vector(1, w->size[0]), is_vector(2, w->size[0]), is_vector(3, w->size[1] * p[6]), is_vector(4, w->size[1] * p[6]);
     STD_TORCH_CHECK((step.weights[3] < 0) == (step.weights[4] < 0), "code: scale and shift of inputs go together");
+  } else if (step.op == Op::prelu) {
+    STD_TORCH_CHECK(of(0), "code: prelu needs slopes");
+    is_vector(0, -1);
   } else if (step.op == Op::affine || step.op == Op::layer_norm) {
     is_vector(0, -1), is_vector(1, -1);
     STD_TORCH_CHECK(step.op == Op::layer_norm || (of(0) && of(1)), "code: affine needs scale and shift");

@@ -90,6 +90,7 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
       return in;
     case Op::affine:
     case Op::layer_norm:
+    case Op::prelu:
       for (int64_t weight : step.weights)
         if (weight >= 0 && program.weights.at(size_t(weight)).size[0] != in.c) fail("an input of " + text(in) + " does not fit");
       return in;

@@ -47,4 +47,5 @@ FASTCV_EACH_ISA(
     FASTCV_STEP_KERNEL(interleave)
     FASTCV_STEP_KERNEL(flatten)
     FASTCV_STEP_KERNEL(resize)
-    FASTCV_STEP_KERNEL(layer_norm))
+    FASTCV_STEP_KERNEL(layer_norm)
+    FASTCV_STEP_KERNEL(prelu))

@@ -3,7 +3,7 @@
 Every maximal part of the model that can be traced (no control flow that depends on data) is captured as a graph
 (:mod:`_capture`), written as steps of a program (:mod:`_lower`, :mod:`_handlers`), shortened (:mod:`_passes`), and run
 by ``csrc/program`` in one call. Parts that cannot be traced keep their Python, and their children are looked at one by
-one. What was done is in the report.
+one. Detectors get fastcv's operators (:mod:`_detection`). What was done is in the report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from .._library import cpu_loaded
 from ._capture import capture
+from ._detection import replace_operators
 from ._report import Report
 
 __all__ = ["Report", "accelerate"]
@@ -58,5 +59,6 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         return model
     # torchvision's own code takes results in any memory format.
     capture(model, "", report, keep_strides=not type(model).__module__.startswith("torchvision."))
+    report.operators = replace_operators(model)
     model.fastcv_report = report
     return model

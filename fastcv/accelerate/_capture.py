@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from threading import RLock
 
@@ -28,7 +29,7 @@ def capture(module: nn.Module, name: str, report: Report, keep_strides: bool) ->
     Results are channels-last inside. ``keep_strides`` has what leaves a part made contiguous where it was before, for
     code that calls ``.view()`` on it.
     """
-    if not any(is_plain_conv(m) for m in module.modules()) or "forward" in module.__dict__:
+    if not any(is_plain_conv(m) or type(m) is nn.Linear for m in module.modules()) or "forward" in module.__dict__:
         return
     if has_hooks(module):
         report.left.append((name, "for it has hooks"))
@@ -48,7 +49,7 @@ def capture(module: nn.Module, name: str, report: Report, keep_strides: bool) ->
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:
     """The module as a graph, or why not. Optional arguments keep their defaults."""
-    if isinstance(module, nn.Conv2d):  # a graph of one call, rather than of what is inside
+    if isinstance(module, (nn.Conv2d, nn.Linear)):  # a graph of one call, rather than of what is inside
         holder = nn.Sequential(module)
         return fx.GraphModule(holder, _Tracer().trace(holder))
     parameters = inspect.signature(module.forward).parameters.values()
@@ -56,11 +57,25 @@ def _trace(module: nn.Module) -> fx.GraphModule | str:
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return "for it takes any number of arguments"
     try:
-        with torch.no_grad():
+        with _unchanged(module), torch.no_grad():
             graph = _Tracer().trace(module, concrete_args=defaults or None)
         return fx.GraphModule(module, graph)
     except Exception as error:  # whatever a model's Python may raise when it meets a stand-in for a tensor
         return f"for it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module):
+    """Undo what a forward pass writes to modules: with stand-ins for tensors it would be stand-ins."""
+    kept = [
+        (space, dict(space)) for m in module.modules() for space in (m.__dict__, m._parameters, m._buffers, m._modules)
+    ]
+    try:
+        yield
+    finally:
+        for space, content in kept:
+            space.clear()
+            space.update(content)
 
 
 def _note_shapes(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
@@ -157,6 +172,8 @@ class _Forward:
             self.captured, programs = lower(self.captured)
         except Untraceable as error:
             return f"for {error}"
+        if not any(program.convolutions for program in programs):
+            return "for nothing in it that programs would make faster is known"
         self.part.add(programs, self.captured)
         return None
 

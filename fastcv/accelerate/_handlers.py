@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from ._lower import CALLS, Grouped, Lowering, Unsupported, Value, handles
 from ._modules import has_hooks, is_norm, is_plain_conv
-from ._steps import Affine, ref
+from ._steps import Affine, Ref, ref
 
 # ---- layers with weights -------------------------------------------------------------------------
 
@@ -34,6 +34,46 @@ def linear(to: Lowering, node: fx.Node) -> Value:
     if x.rank == 4:
         raise Unsupported  # over the last axis of a map
     return to.step("conv", [x], x.rank, (1, 1, 0, 0, 1, 1, 1), weight=ref(layer, "weight"), bias=ref(layer, "bias"))
+
+
+@handles(F.conv2d)
+def conv2d_function(to: Lowering, node: fx.Node) -> Value:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    x, weight, bias, stride, padding, dilation, groups = _arguments(node, names)
+    weight = _weight(to, weight)
+    bias = None if bias is None else _weight(to, bias)
+    if isinstance(padding, str):
+        raise Unsupported
+    options = (1 if stride is None else stride, padding or 0, 1 if dilation is None else dilation)
+    geometry = [n for option in options for n in _two(option)]
+    return to.step("conv", [to.map(x)], 4, (*geometry, groups or 1), weight=weight, bias=bias)
+
+
+@handles(F.linear)
+def linear_function(to: Lowering, node: fx.Node) -> Value:
+    x, weight, bias = _arguments(node, ("input", "weight", "bias"))
+    weight, value = _weight(to, weight), to.value(x)
+    bias = None if bias is None else _weight(to, bias)
+    if value.rank == 4:
+        raise Unsupported
+    return to.step("conv", [value], value.rank, (1, 1, 0, 0, 1, 1, 1), weight=weight, bias=bias)
+
+
+@handles(F.batch_norm)
+def norm_function(to: Lowering, node: fx.Node) -> Value:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    x, mean, variance, weight, bias, training, _, eps = _arguments(node, names)
+    if training or mean is None or variance is None:
+        raise Unsupported
+    refs = [None if r is None else _weight(to, r) for r in (weight, bias, mean, variance)]
+    return to.step("affine", [to.map(x)], 4, after=[Affine(refs=refs, eps=1e-5 if eps is None else eps)])
+
+
+def _weight(to: Lowering, node) -> Ref:
+    parameter = to.parameter(node)
+    if parameter is None or parameter.ref.get().dtype != torch.float32:
+        raise Unsupported
+    return parameter.ref
 
 
 def norm(to: Lowering, node: fx.Node) -> Value:
@@ -97,6 +137,15 @@ def activation(to: Lowering, node: fx.Node) -> Value:
     return to.step("activate", [x], x.rank, activation=_NAMES[target], slope=float(slope))
 
 
+@handles(nn.PReLU)
+def prelu(to: Lowering, node: fx.Node) -> Value:
+    layer, x = to.module(node), to.value(_only(node))
+    if has_hooks(layer) or x.rank == -4:
+        raise Unsupported
+    channels = to.shape(node.args[0])[1]
+    return to.step("prelu", [x], x.rank, weight=ref(layer, "weight"), channels=channels)
+
+
 # ---- arithmetic ----------------------------------------------------------------------------------
 
 
@@ -133,7 +182,7 @@ def _scale(to: Lowering, node: fx.Node, x: fx.Node, parameter) -> Value:
     wanted = [(channels, 1, 1), (1, channels, 1, 1)] if value.rank == 4 else [(channels,)]
     if tuple(shape) not in wanted or to.shape(node) != to.shape(x):
         raise Unsupported
-    return to.step("affine", [value], value.rank, after=[Affine(scale=parameter.ref)])
+    return to.step("affine", [value], value.rank, after=[Affine(refs=[parameter.ref])])
 
 
 # ---- pooling and resizing ------------------------------------------------------------------------

@@ -109,13 +109,13 @@ def handles(*targets) -> Callable[[Handler], Handler]:
 class Lowering:
     """One graph on its way."""
 
-    def __init__(self, root: fx.GraphModule):
+    def __init__(self, root: fx.GraphModule, parameters: dict[fx.Node, Ref]):
         self.root, self.modules = root, dict(root.named_modules())
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}  # from old nodes to new ones
         self.segment = Segment()
         self.programs: list[Program] = []
-        self.written: set[fx.Node] = set()
+        self.parameters = parameters
 
     # ---- for handlers
 
@@ -139,7 +139,11 @@ class Lowering:
         return value
 
     def parameter(self, argument) -> Parameter | None:
-        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        if not isinstance(argument, fx.Node):
+            return None
+        if argument in self.parameters:
+            return Parameter(self.parameters[argument])
+        if argument.op != "get_attr":
             return None
         path, _, name = argument.target.rpartition(".")
         module = self.root.get_submodule(path)
@@ -273,13 +277,14 @@ class Lowering:
 _DROPOUTS = (torch.nn.functional.dropout, torch.nn.functional.dropout2d)
 
 
-def lower(root: fx.GraphModule) -> tuple[fx.GraphModule, list[Program]]:
-    """A graph of programs and what lies between them. Nodes must have ``meta["shape"]``.
+def lower(root: fx.GraphModule, parameters: dict[fx.Node, Ref] | None = None) -> tuple[fx.GraphModule, list[Program]]:
+    """A graph of programs and what lies between them. Nodes must have ``meta["shape"]``; ``parameters`` are the
+    placeholders that stand for some.
 
     Raises:
         Untraceable: the part must stay as it is.
     """
     from . import _handlers  # noqa: F401  (registers itself)
 
-    lowering = Lowering(root)
+    lowering = Lowering(root, parameters or {})
     return lowering.run(), lowering.programs

@@ -43,12 +43,13 @@ class Part:
 
 @dataclasses.dataclass
 class Report:
-    """Captured parts, and modules that were left alone with the reason."""
+    """Captured parts, replaced operators, and modules that were left alone with the reason."""
 
     parts: list[Part] = dataclasses.field(default_factory=list)
     left: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    operators: list[str] = dataclasses.field(default_factory=list)  # of detection, where they were replaced
 
     def __str__(self) -> str:
-        lines = [str(part) for part in self.parts]
+        lines = [str(part) for part in self.parts] + self.operators
         lines += [f"{name or '(the model)'}: left as it is, {why}" for name, why in self.left]
         return "\n".join(lines) or "nothing to accelerate was found"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 # In the order of Op in csrc/program/program.h.
 OPS = (
     "conv", "max_pool", "avg_pool", "adaptive_avg_pool", "add", "mul", "activate", "affine", "cat", "interleave",
-    "slice", "flatten", "resize", "layer_norm",
+    "slice", "flatten", "resize", "layer_norm", "prelu",
 )  # fmt: skip
 # In the order of Activation in csrc/conv2d/conv2d.h.
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu")
@@ -39,17 +39,23 @@ def ref(module: nn.Module, name: str) -> Ref:
 class Affine:
     """``x * scale + shift`` for each channel: a norm with fixed statistics, or a parameter that scales channels."""
 
-    def __init__(self, module: nn.Module | None = None, scale: Ref | None = None):
-        self.eps = 0.0 if module is None else module.eps
+    def __init__(self, module: nn.Module | None = None, refs: list[Ref | None] | None = None, eps: float = 0.0):
+        """A norm's module, its ``refs`` (weight, bias, mean, variance), or those of one scale."""
         names = ("weight", "bias", "running_mean", "running_var")
-        self.refs = [scale] if module is None else [ref(module, name) for name in names]
+        self.eps = eps if module is None else module.eps
+        self.parts = refs if module is None else [ref(module, name) for name in names]
+
+    @property
+    def refs(self) -> list[Ref]:
+        return [part for part in self.parts if part is not None]
 
     def values(self) -> tuple[Tensor, Tensor]:
         """In float64."""
-        if len(self.refs) == 1:
-            scale = self.refs[0].get().detach().double().flatten()
+        if len(self.parts) == 1:
+            scale = self.parts[0].get().detach().double().flatten()
             return scale, torch.zeros_like(scale)
-        gamma, beta, mean, variance = (None if r.get() is None else r.get().detach().double() for r in self.refs)
+        tensors = (None if part is None else part.get() for part in self.parts)
+        gamma, beta, mean, variance = (None if t is None else t.detach().double() for t in tensors)
         scale = (variance + self.eps).rsqrt()
         scale = scale if gamma is None else scale * gamma
         return scale, (0 if beta is None else beta) - mean * scale
@@ -63,7 +69,8 @@ class Step:
     params: list[int | float] = dataclasses.field(default_factory=list)
     activation: str = "none"
     slope: float = 0.01
-    # Of conv, affine and layer_norm.
+    channels: int = 0  # of prelu
+    # Of conv, affine, layer_norm and prelu.
     weight: Ref | None = None
     bias: Ref | None = None
     before: Affine | None = None  # of conv: relu(before(x)) is its input
@@ -81,6 +88,9 @@ class Step:
             return [
                 None if r is None or r.get() is None else (named(r), r.get().detach()) for r in (self.weight, self.bias)
             ]
+        if self.op == "prelu":
+            slope = self.weight.get().detach()
+            return [(("prelu", *named(self.weight), self.channels), slope.expand(self.channels).contiguous())]
         if self.op == "affine":
             scale, shift = self.after[0].values()
             key = named(*self.after[0].refs)

@@ -1,4 +1,4 @@
-"""``python -m fastcv.demo``: prints what the patch changes, and draws the faces that were found."""
+"""``python -m fastcv.demo``: prints what the patch and accelerate change, and draws the faces that were found."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("facenet-pytorch, trained weights)")
     comparison, boxes, scores = faces.run(photograph, options.rounds)
     print(comparison.table())
-    print(f"  the same {len(boxes)} faces both ways\n")
+    print(f"  the same {len(boxes)} faces in all ways\n")
     image = torch.from_numpy(photograph).permute(2, 0, 1)
     save_boxes(options.output, image, boxes, [f"{score:.3f}" for score in scores])
 
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("fasterrcnn_resnet50_fpn, random weights)")
     comparison, found = detector.run(photograph, max(2, options.rounds - 2))
     print(comparison.table())
-    print(f"  the same {found} detections both ways\n")
-    print("The rest is convolutions and matrix products, which the patch leaves alone.")
+    print(f"  the same {found} detections in all ways\n")
+    print('patched: fastcv.patch("torchvision"). accelerated: fastcv.accelerate(model) as well, after its first call.')
     print(f"The faces are drawn in {options.output}")
     return 0
 

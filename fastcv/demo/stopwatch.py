@@ -66,36 +66,47 @@ def time_once(pipeline: Callable[[], Any], where: Where) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs of one pipeline as it is and patched, which took turns."""
+    """Runs of one pipeline in several ways, which took turns; the first way is the pipeline as it is."""
 
-    plain: list[Run]
-    patched: list[Run]
+    runs: dict[str, list[Run]]
+
+    def results(self) -> list[tuple[Any, Any]]:
+        """The result of every other run beside the first one's."""
+        expected = next(iter(self.runs.values()))[0].result
+        return [(run.result, expected) for runs in list(self.runs.values())[1:] for run in runs]
 
     def table(self) -> str:
-        """Median milliseconds: each operator, the rest, all."""
-        names = list(self.plain[0].seconds)
-        lines = [f"  {'':<34}{'as it is':>12}{'patched':>12}{'faster':>9}"]
-        for name in names:
-            what = f"{name} ({self.plain[0].calls[name]} calls)"
-            lines.append(self._row(what, lambda run, name=name: run.seconds[name]))
+        """Median milliseconds: each operator, the rest, all; and how much faster the last way is."""
+        first = next(iter(self.runs.values()))[0]
+        lines = [f"  {'':<34}" + "".join(f"{way:>14}" for way in self.runs) + f"{'faster':>9}"]
+        for name in first.seconds:
+            what = f"{name} ({first.calls[name]} calls)"
+            lines.append(self._row(what, lambda run, name=name: run.seconds.get(name)))
         lines.append(self._row("the rest", lambda run: run.total - sum(run.seconds.values())))
         lines.append(self._row("in all", lambda run: run.total))
         return "\n".join(lines)
 
-    def _row(self, what: str, seconds: Callable[[Run], float]) -> str:
-        plain, patched = (statistics.median(map(seconds, r)) for r in (self.plain, self.patched))
-        ratio = f"{plain / patched:.2f}x" if patched > 0 else ""
-        return f"  {what:<34}{plain * 1e3:>9.1f} ms{patched * 1e3:>9.1f} ms{ratio:>9}"
+    def _row(self, what: str, seconds: Callable[[Run], float | None]) -> str:
+        """Empty where an operator was not called, for another does its work."""
+        cells, medians = [], []
+        for runs in self.runs.values():
+            times = [seconds(run) for run in runs]
+            medians.append(None if None in times else statistics.median(times))
+            cells.append(f"{'':>14}" if medians[-1] is None else f"{medians[-1] * 1e3:>11.1f} ms")
+        timed = [m for m in medians if m is not None]
+        ratio = f"{timed[0] / timed[-1]:.2f}x" if timed[-1] > 0 else ""
+        return f"  {what:<34}{''.join(cells)}{ratio:>9}"
 
 
-def compare(pipeline: Callable[[], Any], where: Where, rounds: int) -> Comparison:
-    """Runs ``pipeline`` as it is and patched by turns, after one run of each to warm up."""
-    plain, patched = [], []
+def compare(pipeline: Callable[[], Any], accelerated: Callable[[], Any], where: Where, rounds: int) -> Comparison:
+    """Runs a pipeline as it is, patched, and accelerated by turns, after one run of each to warm up."""
+    runs: dict[str, list[Run]] = {"as it is": [], "patched": [], "accelerated": []}
     for number in range(rounds + 1):
-        first = time_once(pipeline, where)
+        plain = time_once(pipeline, where)
         with fastcv.patched("torchvision"):
-            second = time_once(pipeline, where)
+            patched = time_once(pipeline, where)
+            fast = time_once(accelerated, where)
         if number > 0:
-            plain.append(first)
-            patched.append(second)
-    return Comparison(plain, patched)
+            for kept, run in zip(runs.values(), (plain, patched, fast), strict=True):
+                kept.append(run)
+    return Comparison(runs)

@@ -136,7 +136,7 @@ def multiscale_roi_align(x_filtered, boxes, output_size, sampling_ratio, scales,
     if (
         torch.jit.is_tracing()
         or x_filtered[0].device.type not in _devices
-        or not _is_plain_pyramid(x_filtered, scales, mapper)
+        or not is_plain_pyramid(x_filtered, scales, mapper)
     ):
         return _originals["_multiscale_roi_align"](x_filtered, boxes, output_size, sampling_ratio, scales, mapper)
     return ops.multiscale_roi_align(
@@ -150,7 +150,7 @@ def multiscale_roi_align(x_filtered, boxes, output_size, sampling_ratio, scales,
     ).contiguous()
 
 
-def _is_plain_pyramid(maps, scales, mapper) -> bool:
+def is_plain_pyramid(maps, scales, mapper) -> bool:
     """Several maps alike but for their size, one for each level, assigned by torchvision's rule.
 
     Anything else (types mixed by autocast, levels left out, a mapper of one's own) is left to torchvision.

@@ -2,6 +2,7 @@
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastcv
+from fastcv.accelerate._compile import backend
+from fastcv.accelerate._table import program_table
 
 if fastcv.build_info()["operators"]["conv2d"]["cpu"] != "compiled":
     pytest.skip("the compiled part is not built", allow_module_level=True)
@@ -254,3 +257,47 @@ def test_profile_names_every_step():
         table = programs(fast)[0].profile(x)
     assert table[:, 0].tolist() == [0, 1, 0] and (table[:, 2] > 0).all()
     assert table[0, 3] == 2 * 60 * 50 * 12 * 12
+
+
+def test_compiled_by_torch():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2), Block(8)
+    ).eval()
+    fast = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for size in ((2, 3, 20, 17), (1, 3, 31, 40), (3, 3, 24, 24)):
+            x = torch.randn(size)
+            for _ in range(2):
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=2e-5)
+        model[0].weight.mul_(2)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=2e-5)
+    x = torch.randn(1, 3, 20, 20, requires_grad=True)
+    fast(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_the_backend_is_found_by_its_name():
+    names = {point.name for point in entry_points(group="torch_dynamo_backends")}
+    if "fastcv" not in names:
+        pytest.skip("fastcv is not installed in this environment: it has no entry points")
+    assert "fastcv" in torch._dynamo.list_backends()
+
+
+def test_programs_are_printed():
+    model = Function(nn.MaxPool2d(3, 2, 1)).eval()
+    fast, x = fastcv.accelerate(model), torch.randn(2, 12, 60, 50)
+    with torch.inference_mode():
+        fast(x)
+        lines = program_table(programs(fast)[0], x).splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "conv", "max_pool", "conv", "in"]
+    assert lines[1].split()[1:5] == ["1x1", "gemm", "2x12x60x50", "2x12x60x50"]
+
+
+def test_prelu():
+    model = Function(nn.Sequential(nn.PReLU(12), nn.PReLU())).eval()
+    fast, x = fastcv.accelerate(model), torch.randn(2, 12, 9, 9)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert [s.op for s in programs(fast)[0].listing.steps] == ["conv", "prelu", "prelu", "conv"]

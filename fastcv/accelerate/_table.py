@@ -1,0 +1,59 @@
+"""A program as a table: each step with its kernel, what bounds it, and its measured time."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from torch import Tensor
+
+from ..ops.conv2d import KERNELS
+from ._program import Program
+from ._steps import OPS
+
+# Multiplications of a kernel for one of the direct sum's.
+_PRODUCTS = {"winograd": 36 / 144, "winograd_2x2": 16 / 36}
+
+
+@functools.cache
+def machine_limits(threads: int) -> tuple[float, float]:
+    """Multiply-adds a second in float32 (of a matrix product), and bytes a second from memory (of a sum)."""
+    a, large = torch.randn(1024, 1024), torch.ones(1 << 26)
+
+    def best(function) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return 1024**3 / best(lambda: a @ a), large.numel() * 4 / best(large.sum)
+
+
+def program_table(program: Program, *inputs: Tensor) -> str:
+    """One line for each step of ``program`` on these inputs.
+
+    The floor of a convolution is its arithmetic or the reading of its weights from memory, whichever takes longer; that
+    of other steps is reading and writing their maps once at the speed of memory, and caches are faster.
+    """
+    products, memory = machine_limits(torch.get_num_threads())
+    lines = [f"{'step':<18}{'kernel':<14}{'input':<22}{'output':<20}{'us':>9}{'floor':>9}{'GFLOP/s':>9}"]
+    total = bound = 0.0
+    for row in program.profile(*inputs).tolist():
+        op, kernel, nanoseconds, work, size, n, c, h, w, out_c, out_h, out_w, reach, stride, groups = row
+        name = "copy" if op < 0 else OPS[op]
+        if name == "conv":
+            name += f" {reach}x{reach}" + (f"/{stride}" if stride > 1 else "") + (f" g{groups}" if groups > 1 else "")
+            chosen = KERNELS[kernel]
+            weights = size / 4 - n * (c * h * w + out_c * out_h * out_w)
+            floor = max(work * _PRODUCTS.get(chosen, 1.0) / products, 4 * max(weights, 0) / memory)
+        else:
+            chosen, floor = "", size / memory
+        total, bound = total + nanoseconds / 1e3, bound + floor * 1e6
+        rate = f"{2 * work / nanoseconds:.0f}" if work and nanoseconds else ""
+        sizes = f"{f'{n}x{c}x{h}x{w}':<22}{f'{n}x{out_c}x{out_h}x{out_w}':<20}"
+        lines.append(f"{name:<18}{chosen:<14}{sizes}{nanoseconds / 1e3:>9.1f}{floor * 1e6:>9.1f}{rate:>9}")
+    lines.append(f"{'in all':<74}{total:>9.1f}{bound:>9.1f}")
+    return "\n".join(lines)
