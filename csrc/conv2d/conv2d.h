@@ -65,6 +65,8 @@ struct Conv2d {
 FASTCV_EACH_ISA(
     // Any convolution, as a matrix product without a column buffer; groups of 16 channels and more.
     FASTCV_CONV2D_KERNEL(conv2d_gemm)
+    // The same with operands rounded to bfloat16.
+    FASTCV_CONV2D_KERNEL(conv2d_bf16)
     // 3x3, stride 1, no dilation, one group: 36 products instead of 144 (Lavin and Gray, CVPR 2016).
     FASTCV_CONV2D_KERNEL(conv2d_winograd)
     // The same with 16 products instead of 36 and less than half the prepared weights: for few pixels.

@@ -11,7 +11,7 @@ namespace {
 
 bool is_winograd(const Conv2dShape& s) {
   return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1;
+         s.dilation_w == 1 && s.groups == 1 && !s.input_norm;
 }
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
@@ -36,6 +36,7 @@ const std::vector<Conv2dKernel>& kernels() {
       FASTCV_KERNEL(6, gemv, FASTCV_PICK(conv2d_gemv_serves)),
       FASTCV_KERNEL(5, winograd_2x2, is_winograd),
       FASTCV_KERNEL(1, winograd, is_winograd),
+      FASTCV_KERNEL(7, bf16, [](const Conv2dShape&) { return true; }),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
   return all;
@@ -43,9 +44,30 @@ const std::vector<Conv2dKernel>& kernels() {
 
 }  // namespace
 
+// Faster than float32 with the instruction for it, slower without.
+static bool has_bf16() {
+#if defined(FASTCV_X86)
+  return cpu_isa() == CpuIsa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision) {
+  const Conv2dKernel* kernel = conv2d_kernel(name, shape);
+  if (name != "auto" || !kernel) return kernel;
+  const bool winograd = kernel->number == 1 || kernel->number == 5;
+  if (precision == Precision::highest && winograd) return conv2d_kernel("gemm", shape);
+  // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
+  if (precision == Precision::bfloat16 && has_bf16() && (kernel->number == 0 || kernel->number == 5))
+    return conv2d_kernel("bf16", shape);
+  return kernel;
+}
+
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape) {
   for (const Conv2dKernel& kernel : kernels())
     if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) {
+      if (name == "auto" && kernel.number == 7) continue;  // only where it is asked for
       if (name == "auto" && kernel.number == 5 && !prefers_small_tiles(shape)) continue;
       return &kernel;
     }

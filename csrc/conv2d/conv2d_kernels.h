@@ -22,6 +22,11 @@ struct Conv2dKernel {
 // The named kernel, or for "auto" the one that is fastest on the shape; null where none serves it.
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape);
 
+// What may be given up for speed. The default's relative error is at most 1e-5; highest has no Winograd; bfloat16 rounds
+// operands, where the processor is faster so.
+enum class Precision : int64_t { standard, highest, bfloat16 };
+const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision);
+
 // Output sizes from the others; false where the padded input is smaller than the kernel.
 bool set_output_size(Conv2dShape& shape);
 

@@ -14,9 +14,24 @@ constexpr int tile_rows(int vectors) {
   return vectors == 2 ? 6 : 12;
 }
 
+// sum + x * y for lanes of two bfloat16 numbers each.
+FASTCV_INLINE Vec<float> add_pairs(Vec<float> x, Vec<float> y, Vec<float> sum) {
+#if defined(__AVX512BF16__)
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+  Vec<uint32_t> a, b;
+  memcpy(&a, &x, sizeof a);
+  memcpy(&b, &y, sizeof b);
+  const Vec<uint32_t> parts[4] = {a << 16, b << 16, a & 0xffff0000u, b & 0xffff0000u};
+  Vec<float> f[4];
+  memcpy(f, parts, sizeof f);
+  return fma(f[2], f[3], fma(f[0], f[1], sum));
+#endif
+}
+
 // sum[r][v] += input[r * step + k] * weight[k][v] over k < depth; returns the end of the weights. Ahead: meanwhile fetches
 // the weights `ahead` steps of k further on into the second-level cache.
-template <bool Ahead = false, int R, int NV>
+template <bool Ahead = false, bool Pairs = false, int R, int NV>
 FASTCV_INLINE const float* accumulate(Vec<float> (&sum)[R][NV], const float* input, int64_t step, int64_t depth,
                                       const float* weight, int64_t ahead = 0) {
   constexpr int L = kLanes<float>;
@@ -32,7 +47,7 @@ FASTCV_INLINE const float* accumulate(Vec<float> (&sum)[R][NV], const float* inp
     for (int r = 0; r < R; ++r) {
       const Vec<float> x = broadcast(input[r * step + k]);
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) sum[r][v] = fma(x, w[v], sum[r][v]);
+      for (int v = 0; v < NV; ++v) sum[r][v] = Pairs ? add_pairs(x, w[v], sum[r][v]) : fma(x, w[v], sum[r][v]);
     }
   }
   return weight;

@@ -78,7 +78,7 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t thre
     } else if (program.steps[planned.step].op == Op::conv) {
       planned.shape = conv_shape(program, program.steps[planned.step], plan.extents);
       planned.shape.threads = threads;
-      planned.conv = conv2d_kernel(program.steps[planned.step].weight(program, 3) ? "gemm" : "auto", planned.shape);
+      planned.conv = conv2d_kernel("auto", planned.shape, program.precision);
       planned.weight = program.prepared(program.steps[planned.step], *planned.conv, planned.shape);
       plan.scratch = std::max(plan.scratch, planned.conv->scratch(planned.shape));
     } else {

@@ -59,6 +59,7 @@ struct Weight {
 };
 
 struct Program {
+  Precision precision = Precision::standard;
   int64_t inputs = 0, values = 0;  // values 0 .. inputs are what it is called with
   std::vector<int64_t> outputs;
   std::vector<Step> steps;

@@ -161,9 +161,11 @@ void check_step(const Program& program, const Step& step) {
 }
 
 // code: inputs with their ranks; values; outputs and their ranks; steps of kind, output, and lists of inputs, params, weights.
-int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights) {
+int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights, int64_t precision) {
   auto loaded = std::make_shared<Loaded>();
   Program& p = loaded->program;
+  STD_TORCH_CHECK(precision >= 0 && precision <= int64_t(Precision::bfloat16), "precision: ", precision);
+  p.precision = Precision(precision);
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weights: expected float32");
     loaded->kept.push_back(as_contiguous(weight, ScalarType::Float));

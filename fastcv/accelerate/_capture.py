@@ -15,7 +15,8 @@ from ._lower import Untraceable, lower
 from ._modules import has_hooks, is_norm, is_plain_conv
 from ._report import Part, Report
 
-TOLERANCE = 1e-4  # of the largest output, between a part and its captured form, on its first input
+# Of the largest output, between a part and its captured form, on its first input.
+TOLERANCE = {"default": 1e-4, "highest": 1e-4, "bfloat16": 0.1}
 
 
 class _Tracer(fx.Tracer):
@@ -23,7 +24,7 @@ class _Tracer(fx.Tracer):
         return has_hooks(module) or is_norm(module) or super().is_leaf_module(module, name)
 
 
-def capture(module: nn.Module, name: str, report: Report, keep_strides: bool) -> None:
+def capture(module: nn.Module, name: str, report: Report, keep_strides: bool, precision: str) -> None:
     """Capture ``module`` as a whole, or else its children one by one.
 
     Results are channels-last inside. ``keep_strides`` has what leaves a part made contiguous where it was before, for
@@ -40,11 +41,11 @@ def capture(module: nn.Module, name: str, report: Report, keep_strides: bool) ->
         if not children:
             report.left.append((name, captured))
         for child_name, child in children.items():
-            capture(child, f"{name}.{child_name}".lstrip("."), report, keep_strides)
+            capture(child, f"{name}.{child_name}".lstrip("."), report, keep_strides, precision)
         return
     part = Part(name)
     report.parts.append(part)
-    module.forward = _Forward(module, captured, part, report, keep_strides)
+    module.forward = _Forward(module, captured, part, report, keep_strides, precision)
 
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:
@@ -104,9 +105,17 @@ class _Forward:
     report says so.
     """
 
-    def __init__(self, module: nn.Module, captured: fx.GraphModule, part: Part, report: Report, keep_strides: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        captured: fx.GraphModule,
+        part: Part,
+        report: Report,
+        keep_strides: bool,
+        precision: str,
+    ):
         self.module, self.captured, self.part, self.report = module, captured.eval(), part, report
-        self.keep_strides = keep_strides
+        self.keep_strides, self.precision = keep_strides, precision
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.inputs = sum(p.default is p.empty for p in parameters) - 1  # without self; others keep their defaults
         self.checked = self.dropped = self.entered = False
@@ -154,7 +163,8 @@ class _Forward:
             self.entered = False
         if why is None:
             result = self.captured(*args)
-            if not _close(_pytree.tree_leaves(result), _pytree.tree_leaves(expected)):
+            leaves = (_pytree.tree_leaves(result), _pytree.tree_leaves(expected))
+            if not _close(*leaves, TOLERANCE[self.precision]):
                 why = "for its captured form gave other results"
         if why is not None:
             self.dropped = True
@@ -169,7 +179,7 @@ class _Forward:
             return "for its weights were made in inference mode, where nobody can see whether they change"
         try:
             _note_shapes(self.captured, args)
-            self.captured, programs = lower(self.captured)
+            self.captured, programs = lower(self.captured, precision=self.precision)
         except Untraceable as error:
             return f"for {error}"
         if not any(program.convolutions for program in programs):
@@ -178,7 +188,7 @@ class _Forward:
         return None
 
 
-def _close(results: list, expected: list) -> bool:
+def _close(results: list, expected: list, tolerance: float) -> bool:
     if len(results) != len(expected):
         return False
     for a, b in zip(results, expected, strict=True):
@@ -190,7 +200,7 @@ def _close(results: list, expected: list) -> bool:
         elif b.numel():
             scale = b.double().abs().max()
             if not torch.allclose(
-                a.double(), b.double(), rtol=0, atol=float(scale) * TOLERANCE + 1e-30, equal_nan=True
+                a.double(), b.double(), rtol=0, atol=float(scale) * tolerance + 1e-30, equal_nan=True
             ):
                 return False
     return True

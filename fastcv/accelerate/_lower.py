@@ -109,13 +109,13 @@ def handles(*targets) -> Callable[[Handler], Handler]:
 class Lowering:
     """One graph on its way."""
 
-    def __init__(self, root: fx.GraphModule, parameters: dict[fx.Node, Ref]):
+    def __init__(self, root: fx.GraphModule, parameters: dict[fx.Node, Ref], precision: str):
         self.root, self.modules = root, dict(root.named_modules())
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}  # from old nodes to new ones
         self.segment = Segment()
         self.programs: list[Program] = []
-        self.parameters = parameters
+        self.parameters, self.precision = parameters, precision
 
     # ---- for handlers
 
@@ -255,7 +255,7 @@ class Lowering:
             return
         outputs = list(dict.fromkeys((segment.nodes[n].id, segment.nodes[n].rank) for n in exported))
         segment.listing.outputs = outputs
-        program = Program(segment.listing)
+        program = Program(segment.listing, self.precision)
         name = f"program_{len(self.programs)}"
         self.programs.append(program)
         self.root.add_submodule(name, program)
@@ -277,7 +277,9 @@ class Lowering:
 _DROPOUTS = (torch.nn.functional.dropout, torch.nn.functional.dropout2d)
 
 
-def lower(root: fx.GraphModule, parameters: dict[fx.Node, Ref] | None = None) -> tuple[fx.GraphModule, list[Program]]:
+def lower(
+    root: fx.GraphModule, parameters: dict[fx.Node, Ref] | None = None, precision: str = "default"
+) -> tuple[fx.GraphModule, list[Program]]:
     """A graph of programs and what lies between them. Nodes must have ``meta["shape"]``; ``parameters`` are the
     placeholders that stand for some.
 
@@ -286,5 +288,5 @@ def lower(root: fx.GraphModule, parameters: dict[fx.Node, Ref] | None = None) ->
     """
     from . import _handlers  # noqa: F401  (registers itself)
 
-    lowering = Lowering(root, parameters or {})
+    lowering = Lowering(root, parameters or {}, precision)
     return lowering.run(), lowering.programs

@@ -12,10 +12,13 @@ from .._library import LIBRARY
 from ._passes import shorten
 from ._steps import ACTIVATIONS, OPS, Listing, Step
 
-LIBRARY.define("program_load(int[] code, Tensor[] weights) -> int")
+LIBRARY.define("program_load(int[] code, Tensor[] weights, int precision) -> int")
 LIBRARY.define("program_run(int handle, Tensor[] inputs) -> Tensor[]")
 LIBRARY.define("program_free(int handle) -> ()")
 LIBRARY.define("program_profile(int handle) -> Tensor")
+
+# In the order of Precision in csrc/conv2d/conv2d_kernels.h.
+PRECISIONS = ("default", "highest", "bfloat16")
 
 _WITH_ACTIVATION = ("conv", "add", "mul", "activate", "affine")
 
@@ -23,8 +26,9 @@ _WITH_ACTIVATION = ("conv", "add", "mul", "activate", "affine")
 class Program(nn.Module):
     """Calls a program, which is loaded when first called and again after one of its parameters has changed."""
 
-    def __init__(self, listing: Listing):
+    def __init__(self, listing: Listing, precision: str = "default"):
         super().__init__()
+        self.precision = precision
         self.taken = shorten(listing)
         self.listing = listing
         self.convolutions = sum(step.op == "conv" for step in listing.steps)
@@ -65,7 +69,7 @@ class Program(nn.Module):
                 code += [OPS.index(step.op), step.output, len(step.inputs), *step.inputs]
                 code += [len(params), *params, len(indices), *indices]
             self._state = self._current()
-            self._handle = torch.ops.fastcv.program_load(code, weights)
+            self._handle = torch.ops.fastcv.program_load(code, weights, PRECISIONS.index(self.precision))
         self._free = weakref.finalize(self, torch.ops.fastcv.program_free.default, self._handle)
         self._free.atexit = False
 

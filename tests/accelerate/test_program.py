@@ -12,6 +12,7 @@ from torch import nn
 import fastcv
 from fastcv.accelerate._compile import backend
 from fastcv.accelerate._table import program_table
+from fastcv.ops.conv2d import KERNELS
 
 if fastcv.build_info()["operators"]["conv2d"]["cpu"] != "compiled":
     pytest.skip("the compiled part is not built", allow_module_level=True)
@@ -223,7 +224,7 @@ def test_programs_are_freed():
 
 
 def load(*code, weights=()):
-    return torch.ops.fastcv.program_load(list(code), list(weights))
+    return torch.ops.fastcv.program_load(list(code), list(weights), 0)
 
 
 def test_numbers_that_make_no_program():
@@ -301,3 +302,37 @@ def test_prelu():
         for _ in range(2):
             torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
     assert [s.op for s in programs(fast)[0].listing.steps] == ["conv", "prelu", "prelu", "conv"]
+
+
+def test_bfloat16_rounds_operands():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 33, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(33, 70, 1, stride=2),
+        nn.Conv2d(70, 40, (5, 1), dilation=2),
+    ]
+    model = nn.Sequential(*layers).eval()
+    fast, x = fastcv.accelerate(model, dtype=torch.bfloat16), torch.randn(2, 3, 60, 50)
+    with torch.inference_mode():
+        expected = model(x)
+        for _ in range(2):
+            result = fast(x)
+            assert result.dtype == torch.float32
+            assert (result - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_highest_precision_has_no_winograd():
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)).eval()
+    x = torch.randn(1, 32, 40, 40)
+    kernels = {}
+    for precision in ("default", "highest"):
+        fast = fastcv.accelerate(model, precision=precision)
+        with torch.inference_mode():
+            fast(x)
+            kernels[precision] = KERNELS[programs(fast)[0].profile(x)[0, 1]]
+    assert kernels == {"default": "winograd", "highest": "gemm"}
+    with pytest.raises(ValueError, match='expected "default", or in float32 "highest"'):
+        fastcv.accelerate(model, dtype=torch.bfloat16, precision="highest")
+    with pytest.raises(ValueError, match=r"expected torch.float32 or torch.bfloat16, got torch.float16"):
+        fastcv.accelerate(model, dtype=torch.float16)

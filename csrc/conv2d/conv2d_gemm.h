@@ -1,0 +1,405 @@
+// Convolution as a matrix product without a column buffer (implicit GEMM).
+//
+// Output pixels are rows, output channels columns, and the depth of the sums runs over kernel elements and input channels
+// of a group: depth = KH * KW * C / groups. A tile of R pixels by NV vectors of channels is summed in registers over the
+// whole depth: for each step NV vectors of weights are loaded and R input values broadcast, for R * NV multiply-adds. On
+// AVX-512 (32 registers) 6 x 4: 24 multiply-adds for 10 loads, so that arithmetic bounds it, at one 512-bit multiply-add a
+// cycle; on AVX2 and SSE (16 registers) 6 x 2.
+//
+// Weights lie in panels of NV vectors of output channels, [panel][depth][NV * L], so that they are read in order.
+// A task is a block of output pixels of one image and group, times some of the panels. Its input is small enough for the
+// second-level cache while it meets panel after panel, and a panel is read from beyond that cache once for each task.
+//
+// Panels of great depth (3x3 with 512 channels: 1.2 MB) would be read from beyond the second-level cache for every tile. The
+// depth is cut into chunks, and sums wait between them in scratch memory: rows of the kernel, or channels of 1x1, where the
+// input of more pixels fits the cache for it (a linear layer of 12544 channels). The last tile of a panel fetches the next
+// panel meanwhile.
+//
+// 1x1 convolutions read their input where it lies. For others the input of a block is first copied, channels of the group
+// side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW * C
+// numbers (so that a first layer with 3 channels has long runs too), and no loop needs a test for the border.
+//
+// The depth is counted in words of 32 bits: a word is one float32, or (kPairs) two channels in bfloat16, which one
+// instruction multiplies with two and adds to a float32 sum. This is included by conv2d_gemm_kernels.cpp and by
+// conv2d_bf16_kernels.cpp, which say which.
+#pragma once
+
+#include "conv2d_epilogue.h"
+#include "conv2d_tile.h"
+
+namespace fastcv::FASTCV_ISA {
+namespace {
+
+constexpr int L = kLanes<float>;
+constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
+constexpr int64_t kLargeBlock = 128 * 1024;    // where weights (of 2 MB and more) are read for each: 512 KB
+constexpr int64_t kMostPixels = 192, kEnoughTasks = 8;  // for each thread
+constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel that is not cut: 384 KB
+constexpr int64_t kFlatChunk = 512, kChunkedPanels = 4;  // where the pixels' channels are cut: how deep, and panels of a task
+
+FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- how a convolution is divided ------------------------------------------------------------------------------------
+
+// Words of a pixel of a group.
+FASTCV_INLINE int64_t words(const Conv2dShape& s) { return kPairs ? ceil_div(s.group_channels(), 2) : s.group_channels(); }
+
+struct Plan {
+  bool flat;      // 1x1 without padding: output pixels of an image are one row
+  bool in_place;  // and with stride 1: reads the input where it lies, else a copy in which pixels lie side by side
+  int64_t block_h, block_w, blocks_y, blocks_x;  // of output pixels
+  int64_t panels, panel_groups, group_panels;
+  int64_t strip_h, strip_w;  // pixels of the copied input
+  int64_t depth;
+  int64_t chunks;  // of the depth: kernel rows, or channels where there is one
+};
+
+Plan make_plan(const Conv2dShape& s) {
+  Plan p{};
+  const int64_t channels = words(s);
+  p.depth = s.kernel_h * s.kernel_w * channels;
+  p.flat = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+  p.in_place = p.flat && s.stride_h == 1 && s.stride_w == 1 && !s.input_norm && !kPairs;
+  const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
+  // Input elements for each output pixel, about.
+  p.chunks = p.flat           ? (p.depth > kChunkDepth ? ceil_div(p.depth, kFlatChunk) : 1)
+             : s.kernel_h > 1 ? min_of(s.kernel_h, ceil_div(p.depth, kChunkDepth))
+                              : 1;
+  const int64_t resident = p.in_place ? ceil_div(channels, p.chunks) : channels;
+  const int64_t reach = resident * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
+  const int64_t elements = p.depth * s.group_outputs() < 512 * 1024 ? kBlockElements : kLargeBlock;
+  const int64_t pixels = max_of(12, min_of(kMostPixels, elements / max_of(1, reach)));
+  p.blocks_x = ceil_div(columns, pixels);
+  p.block_w = ceil_div(columns, p.blocks_x);
+  p.block_h = max_of(1, min_of(rows, pixels / p.block_w));
+  p.blocks_y = ceil_div(rows, p.block_h);
+  p.panels = ceil_div(s.group_outputs(), kPanel);
+  const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
+  p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks * s.threads, max_of(1, blocks)));
+  p.group_panels = ceil_div(p.panels, p.panel_groups);
+  if (p.block_h * p.block_w <= tile_rows(kPanelVectors)) p.chunks = 1;  // weights are read once anyway
+  if (p.chunks > 1) p.group_panels = min_of(p.group_panels, kChunkedPanels);
+  p.panel_groups = ceil_div(p.panels, p.group_panels);
+  p.strip_h = p.flat ? 1 : (p.block_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+  p.strip_w = p.flat ? p.block_w : (p.block_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
+  return p;
+}
+
+// ---- a tile ----------------------------------------------------------------------------------------------------------
+
+struct Tile {
+  explicit Tile(Activation activation) : bounds(activation) {}
+
+  const Conv2d* conv{};
+  const float* input{};      // of the first pixel
+  int64_t step{};            // to the next pixel's
+  int64_t runs_y, runs_x;  // runs of the depth: rows of the kernel, or its elements
+  int64_t run_y, run_x;    // from one to the next
+  int64_t run{};             // elements of one
+  const float* weight{};     // of the panel
+  int64_t ahead{};           // depth from these weights to those that come next; 0: they are not fetched
+  float* partial{};          // sums of the first pixel from one chunk to the next, kPanel to a pixel; null: one chunk
+  bool first{true}, final{true};  // chunk
+  const float* bias{};       // of the panel's first channel, or null
+  const float* residual{};   // of the first pixel and channel, or null
+  float* output{};
+  int64_t residual_step, output_step;
+  int last;  // lanes of the last vector
+  Bounds bounds;
+};
+
+// Loops over sums are unrolled, or they would live in memory before and after the long loop.
+template <int R, int NV>
+void run_tile(const Tile& t) {
+  if (t.final)  // lines to be written, and the residual's: from memory while the sums are made
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) {
+        __builtin_prefetch(t.output + r * t.output_step + v * L, 1, 3);
+        if (t.residual) __builtin_prefetch(t.residual + r * t.residual_step + v * L, 0, 3);
+      }
+  Vec<float> sum[R][NV];
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+    const Vec<float> bias = !t.bias || !t.first          ? Vec<float>{}
+                           : v + 1 < NV || t.last == L ? load(t.bias + v * L)
+                                                       : load_first(t.bias + v * L, t.last);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r][v] = t.first ? bias : load(t.partial + r * kPanel + v * L);
+  }
+  const float* weight = t.weight;
+  const float* input_y = t.input;
+  for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
+    const float* input = input_y;
+    if (t.ahead)
+      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
+        weight = accumulate<true, kPairs>(sum, input, t.step, t.run, weight, t.ahead);
+    else
+      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) weight = accumulate<false, kPairs>(sum, input, t.step, t.run, weight);
+  }
+  if (!t.final) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) store(t.partial + r * kPanel + v * L, sum[r][v]);
+    return;
+  }
+  const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const float* residual = t.residual ? t.residual + r * t.residual_step : nullptr;
+    float* output = t.output + r * t.output_step;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      if (t.bounds.exact && (v + 1 < NV || t.last == L)) {
+        if (residual) sum[r][v] += load(residual + v * L);
+        store(output + v * L, min(high, max(low, sum[r][v])));
+      } else {
+        finish(*t.conv, sum[r][v], nullptr, residual ? residual + v * L : nullptr, output + v * L, v + 1 < NV ? L : t.last);
+      }
+    }
+  }
+}
+
+template <int R, int NV>
+void run_rows(int rows, const Tile& t) {
+  if constexpr (R > 1)
+    if (rows < R) return run_rows<R - 1, NV>(rows, t);
+  run_tile<R, NV>(t);
+}
+
+void run_vectors(int vectors, int rows, const Tile& t) {
+  switch (vectors) {
+    case 1: return run_rows<tile_rows(1), 1>(rows, t);
+    case 2: return run_rows<tile_rows(2), 2>(rows, t);
+    case 3: return run_rows<tile_rows(3), kPanelVectors == 4 ? 3 : 1>(rows, t);
+    default: return run_rows<tile_rows(4), kPanelVectors == 4 ? 4 : 1>(rows, t);
+  }
+}
+
+// ---- a task ----------------------------------------------------------------------------------------------------------
+
+// n channels, a vector or what is left of one, to words from `to` on.
+FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
+  if constexpr (kPairs) {
+    bfloat16_t pairs[L] = {};
+    store_first(pairs, x, n);
+    memcpy(to, pairs, size_t((n + 1) / 2) * 4);
+  } else if (n == L) {
+    store(to, x);
+  } else {
+    store_first(to, x, n);
+  }
+}
+
+// The channels of a pixel as words; normed: relu(x * scale + shift) of them.
+FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t group, float* to) {
+  const int64_t channels = conv.shape.group_channels();
+  const float *scale = conv.input_scale + group * channels, *shift = conv.input_shift + group * channels;
+  for (int64_t i = 0; i < channels; i += L) {
+    const int n = int(min_of(L, channels - i));
+    Vec<float> x = n == L ? load(from + i) : load_first(from + i, n);
+    if (conv.shape.input_norm)
+      x = max(Vec<float>{}, n == L ? fma(x, load(scale + i), load(shift + i))
+                                   : fma(x, load_first(scale + i, n), load_first(shift + i, n)));
+    store_words(x, n, to + (kPairs ? i / 2 : i));
+  }
+}
+
+// The input pixels of `count` output pixels of a flat plan, side by side.
+void copy_pixels(const Conv2d& conv, int64_t image, int64_t group, int64_t first, int64_t count, float* to) {
+  const Conv2dShape& s = conv.shape;
+  for (int64_t i = first; i < first + count; ++i, to += words(s))
+    copy_pixel(conv, pixel(conv.input, image, i / s.out_width * s.stride_h, i % s.out_width * s.stride_w) + group * s.group_channels(),
+               group, to);
+}
+
+// The input of a block of output pixels from (y0, x0): [strip_h][strip_w][channels of the group], zero outside the map.
+void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group, int64_t y0, int64_t x0, float* strip) {
+  const Conv2dShape& s = conv.shape;
+  const int64_t channels = words(s), top = y0 * s.stride_h - s.pad_h, left = x0 * s.stride_w - s.pad_w;
+  const int64_t first = min_of(p.strip_w, max_of(0, -left)), last = max_of(first, min_of(p.strip_w, s.width - left));
+  for (int64_t i = 0; i < p.strip_h; ++i) {
+    float* row = strip + i * p.strip_w * channels;
+    const int64_t y = top + i;
+    if (y < 0 || y >= s.height || first == last) {
+      memset(row, 0, size_t(p.strip_w * channels) * sizeof(float));
+      continue;
+    }
+    const float* from = conv.input.data + image * conv.input.stride_n + y * conv.input.stride_y + group * s.group_channels();
+    memset(row, 0, size_t(first * channels) * sizeof(float));
+    if (conv.input.stride_x == channels && !s.input_norm && !kPairs) {
+      memcpy(row + first * channels, from + (left + first) * channels, size_t((last - first) * channels) * sizeof(float));
+    } else {
+      for (int64_t x = first; x < last; ++x)
+        copy_pixel(conv, from + (left + x) * conv.input.stride_x, group, row + x * channels);
+    }
+    memset(row + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));
+  }
+}
+
+// A row of output pixels, cut evenly into tiles, for one panel; the last tile fetches what comes next.
+void run_row(Tile t, int64_t pixels, int vectors) {
+  const int64_t most = tile_rows(vectors), tiles = ceil_div(pixels, most), ahead = t.ahead;
+  for (int64_t i = 0, x = 0; i < tiles; ++i) {
+    const int64_t rows = (pixels - x) / (tiles - i);
+    t.ahead = i + 1 == tiles ? ahead : 0;
+    run_vectors(vectors, int(rows), t);
+    if (t.partial) t.partial += rows * kPanel;
+    t.input += rows * t.step;
+    t.output += rows * t.output_step;
+    if (t.residual) t.residual += rows * t.residual_step;
+    x += rows;
+  }
+}
+
+// Pixels (y, x) to (y, x + count) of the output for one panel; in a flat plan x counts through the whole image.
+struct Rows {
+  const Conv2d& conv;
+  const Plan& plan;
+  int64_t image, group, panel;
+  int64_t begin = 0;  // of the chunk, in the depth
+
+  void run(Tile t, int64_t y, int64_t x, int64_t count) const {
+    const Conv2dShape& s = conv.shape;
+    const int64_t channel = group * s.group_outputs() + panel * kPanel;
+    const int64_t columns = min_of(kPanel, s.group_outputs() - panel * kPanel), vectors = ceil_div(columns, L);
+    t.conv = &conv;
+    t.weight = conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel) + begin * vectors * L;
+    t.bias = conv.bias ? conv.bias + channel : nullptr;
+    t.last = int(columns - (vectors - 1) * L);
+    t.output = conv.output.data + image * conv.output.stride_n + y * conv.output.stride_y + x * conv.output.stride_x + channel;
+    t.output_step = conv.output.stride_x;
+    t.residual = conv.residual.data ? conv.residual.data + image * conv.residual.stride_n + y * conv.residual.stride_y +
+                                          x * conv.residual.stride_x + channel
+                                    : nullptr;
+    t.residual_step = conv.residual.stride_x;
+    run_row(t, count, int(vectors));
+  }
+};
+
+// Rows of a map follow each other without a gap.
+template <class T>
+bool one_row(const PixelMap<T>& map, int64_t width) {
+  return !map.data || map.stride_y == width * map.stride_x;
+}
+
+// One panel of a block; t has its part of the depth.
+void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int64_t y0, int64_t x0, const float* strip) {
+  const Conv2dShape& s = conv.shape;
+  float* const partial = t.partial;
+  const int64_t ahead = t.ahead;
+  const bool whole = (!p.in_place || one_row(conv.input, s.width)) && one_row(conv.output, s.out_width) && one_row(conv.residual, s.out_width);
+  if (p.flat && !whole) {
+    for (int64_t at = x0, end = min_of(x0 + p.block_w, s.out_height * s.out_width); at < end;) {
+      const int64_t y = at / s.out_width, x = at % s.out_width, count = min_of(end - at, s.out_width - x);
+      t.input = p.in_place ? strip + y * conv.input.stride_y + x * conv.input.stride_x : strip + (at - x0) * t.step;
+      if (partial) t.partial = partial + (at - x0) * kPanel;
+      t.ahead = at + count == end ? ahead : 0;
+      rows.run(t, y, x, count);
+      at += count;
+    }
+    return;
+  }
+  const int64_t height = p.flat ? 1 : s.out_height, width = p.flat ? s.out_height * s.out_width : s.out_width;
+  const int64_t end = min_of(y0 + p.block_h, height), count = min_of(p.block_w, width - x0);
+  for (int64_t y = y0; y < end; ++y) {
+    t.input = p.in_place ? strip + x0 * t.step : strip + (y - y0) * s.stride_h * p.strip_w * words(s);
+    if (partial) t.partial = partial + (y - y0) * p.block_w * kPanel;
+    t.ahead = y + 1 == end ? ahead : 0;
+    rows.run(t, y, x0, count);
+  }
+}
+
+// The part of the depth that one chunk is, for panels from rows.panel to `last`. strip: the copied input, or the input of
+// the image and group where it is read in place; partial: room for sums of block_h * block_w pixels for each panel.
+void run_panels(const Conv2d& conv, const Plan& p, Rows rows, int64_t last, int64_t chunk, int64_t y0, int64_t x0,
+                const float* strip, float* partial) {
+  const Conv2dShape& s = conv.shape;
+  const int64_t channels = words(s), length = s.kernel_h > 1 ? s.kernel_h : p.flat ? channels : 1;
+  const int64_t from = length * chunk / p.chunks, to = length * (chunk + 1) / p.chunks;
+  const bool whole_rows = p.flat || s.dilation_w == 1;
+  Tile t(conv.activation);
+  t.first = chunk == 0, t.final = chunk + 1 == p.chunks;
+  t.step = p.in_place ? conv.input.stride_x : p.flat ? channels : s.stride_w * channels;
+  t.runs_y = p.flat ? 1 : to - from, t.runs_x = whole_rows ? 1 : s.kernel_w;
+  t.run_y = s.dilation_h * p.strip_w * channels, t.run_x = s.dilation_w * channels;
+  t.run = p.flat ? to - from : whole_rows ? s.kernel_w * channels : channels;
+  t.ahead = p.depth;
+  rows.begin = p.flat ? from : from * s.kernel_w * channels;
+  strip += p.flat ? from : from * t.run_y;
+  for (; rows.panel < last; ++rows.panel, partial += p.block_h * p.block_w * kPanel) {
+    t.partial = p.chunks > 1 ? partial : nullptr;
+    run_chunk(conv, p, rows, t, y0, x0, strip);
+  }
+}
+
+int64_t weight_words(const Conv2dShape& s) {
+  return s.groups * ceil_div(s.group_outputs(), L) * L * s.kernel_h * s.kernel_w * words(s);
+}
+
+void prepare_weights(const Conv2dShape& s, const float* weight, float* prepared) {
+  const int64_t channels = s.group_channels(), taps = s.kernel_h * s.kernel_w;
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t n0 = 0; n0 < s.group_outputs(); n0 += kPanel) {
+      const int64_t columns = min_of(kPanel, s.group_outputs() - n0);
+      const auto at = [&](int64_t n, int64_t c, int64_t tap) {
+        return n < columns && c < channels ? weight[((g * s.group_outputs() + n0 + n) * channels + c) * taps + tap] : 0.0f;
+      };
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0; c < channels; c += kPairs ? 2 : 1)
+          for (int64_t n = 0; n < ceil_div(columns, L) * L; ++n, ++prepared) {
+            if constexpr (kPairs) {
+              bfloat16_t pair[2];
+              from_accumulate(at(n, c, tap), pair), from_accumulate(at(n, c + 1, tap), pair + 1);
+              memcpy(prepared, pair, 4);
+            } else {
+              *prepared = at(n, c, tap);
+            }
+          }
+    }
+}
+
+int64_t count_tasks(const Conv2dShape& s) {
+  const Plan p = make_plan(s);
+  return s.images * s.groups * p.blocks_y * p.blocks_x * p.panel_groups;
+}
+
+int64_t strip_size(const Conv2dShape& s, const Plan& p) {
+  return p.in_place ? 0 : ceil_div(p.strip_h * p.strip_w * words(s), L) * L;
+}
+
+int64_t scratch_size(const Conv2dShape& s) {
+  const Plan p = make_plan(s);
+  return strip_size(s, p) + (p.chunks > 1 ? p.group_panels * p.block_h * p.block_w * kPanel : 0);
+}
+
+void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
+  const Conv2dShape& s = conv.shape;
+  const Plan p = make_plan(s);
+  for (int64_t i = begin; i < end; ++i) {
+    int64_t t = i;
+    const int64_t panel_group = t % p.panel_groups, x = (t /= p.panel_groups) % p.blocks_x;
+    const int64_t y = (t /= p.blocks_x) % p.blocks_y, group = (t /= p.blocks_y) % s.groups;
+    const int64_t image = t / s.groups, y0 = y * p.block_h, x0 = x * p.block_w;
+    if (p.flat && !p.in_place)
+      copy_pixels(conv, image, group, x0, min_of(p.block_w, s.out_height * s.out_width - x0), scratch);
+    else if (!p.in_place)
+      copy_strip(conv, p, image, group, y0, x0, scratch);
+    const float* strip = p.in_place ? conv.input.data + image * conv.input.stride_n + group * s.group_channels() : scratch;
+    const int64_t panel = panel_group * p.group_panels, last = min_of(p.panels, panel + p.group_panels);
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk)
+      run_panels(conv, p, Rows{conv, p, image, group, panel}, last, chunk, y0, x0, strip, scratch + strip_size(s, p));
+  }
+}
+
+}  // namespace
+}  // namespace fastcv::FASTCV_ISA
+
+#define FASTCV_GEMM(name)                                                                                               \
+  int64_t name##_weights(const Conv2dShape& s) { return weight_words(s); }                                              \
+  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { prepare_weights(s, weight, prepared); } \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks(s); }                                                 \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size(s); }                                              \
+  void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run_tasks(conv, begin, end, scratch); }
