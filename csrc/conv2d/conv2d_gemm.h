@@ -102,6 +102,7 @@ struct Tile {
   int64_t ahead{};           // depth from these weights to those that come next; 0: they are not fetched
   float* partial{};          // sums of the first pixel from one chunk to the next, kPanel to a pixel; null: one chunk
   bool first{true}, final{true};  // chunk
+  bool fetch{false};         // the next pixels' input, which nobody has read before
   const float* bias{};       // of the panel's first channel, or null
   const float* residual{};   // of the first pixel and channel, or null
   float* output{};
@@ -183,9 +184,14 @@ void run_vectors(int vectors, int rows, const Tile& t) {
 // n channels, a vector or what is left of one, to words from `to` on.
 FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
   if constexpr (kPairs) {
-    bfloat16_t pairs[L] = {};
-    store_first(pairs, x, n);
-    memcpy(to, pairs, size_t((n + 1) / 2) * 4);
+    bfloat16_t pairs[L];  // channels after n are zero
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(pairs, &rounded, sizeof pairs);
+#else
+    store(pairs, x);
+#endif
+    memcpy(to, pairs, n == L ? sizeof pairs : size_t((n + 1) / 2) * 4);
   } else if (n == L) {
     store(to, x);
   } else {
@@ -245,6 +251,9 @@ void run_row(Tile t, int64_t pixels, int vectors) {
   for (int64_t i = 0, x = 0; i < tiles; ++i) {
     const int64_t rows = (pixels - x) / (tiles - i);
     t.ahead = i + 1 == tiles ? ahead : 0;
+    if (t.fetch && i + 1 < tiles)
+      for (int64_t r = rows; r < 2 * rows; ++r)
+        for (int64_t k = 0; k < t.run; k += 16) __builtin_prefetch(t.input + r * t.step + k);
     run_vectors(vectors, int(rows), t);
     if (t.partial) t.partial += rows * kPanel;
     t.input += rows * t.step;
@@ -329,8 +338,10 @@ void run_panels(const Conv2d& conv, const Plan& p, Rows rows, int64_t last, int6
   t.ahead = p.depth;
   rows.begin = p.flat ? from : from * s.kernel_w * channels;
   strip += p.flat ? from : from * t.run_y;
+  const int64_t first = rows.panel;
   for (; rows.panel < last; ++rows.panel, partial += p.block_h * p.block_w * kPanel) {
     t.partial = p.chunks > 1 ? partial : nullptr;
+    t.fetch = p.in_place && rows.panel == first;
     run_chunk(conv, p, rows, t, y0, x0, strip);
   }
 }

@@ -59,7 +59,8 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
   const bool winograd = kernel->number == 1 || kernel->number == 5;
   if (precision == Precision::highest && winograd) return conv2d_kernel("gemm", shape);
   // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
-  if (precision == Precision::bfloat16 && has_bf16() && (kernel->number == 0 || kernel->number == 5))
+  // Where pixels have few channels, rounding them takes as long as it saves.
+  if (precision == Precision::bfloat16 && has_bf16() && shape.group_channels() >= 16 && (kernel->number == 0 || kernel->number == 5))
     return conv2d_kernel("bf16", shape);
   return kernel;
 }

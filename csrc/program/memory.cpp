@@ -151,7 +151,7 @@ class Placement {
     for (size_t v = 0; v < nodes_.size(); ++v) {
       const Extent& e = plan_.extents[v];
       if (nodes_[v].parent >= 0 || plan_.places[v].kind != Place::Kind::arena) continue;
-      const int64_t size = (e.n * e.c * e.h * e.w + kAlignment - 1) / kAlignment * kAlignment;
+      const int64_t size = (e.n * e.c * e.h * e.w + kAlignment - 1) / kAlignment * kAlignment + 64 * kAlignment;
       wanted.push_back({int64_t(v), buffers[v].from, buffers[v].to, size, 0});
     }
     std::stable_sort(wanted.begin(), wanted.end(), [](const Buffer& a, const Buffer& b) { return a.size > b.size; });
@@ -164,7 +164,8 @@ class Placement {
         if (begin >= b.offset + b.size) break;
         b.offset = std::max(b.offset, end);
       }
-      plan_.places[size_t(b.root)].offset = b.offset;
+      // Maps often have sizes that are multiples of 4 KB: pixels of two would meet in the same sets of the caches.
+      plan_.places[size_t(b.root)].offset = b.offset + int64_t(done.size()) * 13 % 64 * kAlignment;
       plan_.arena = std::max(plan_.arena, b.offset + b.size);
       done.push_back(b);
     }
