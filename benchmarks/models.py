@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
+from fastcv._files import replacing
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CLASSIFIERS = (  # noqa: SIM905
@@ -241,39 +241,74 @@ def table(rows: list[Row], environment: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
+    """How many times as fast as torch each runtime runs each model: a dot each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"fastcv": "#c8442c", "ONNX Runtime": "#2a7f9e", "OpenVINO": "#6a51a3", "torch.compile": "#999999"}
+    figure, axes = plt.subplots(figsize=(10, 1.5 + 0.27 * len(rows)), layout="constrained")
+    for runtime, colour in reversed(colours.items()):
+        points = [
+            (row.seconds["torch"] / row.seconds[runtime], y) for y, row in enumerate(rows) if runtime in row.seconds
+        ]
+        size = 60 if runtime == "fastcv" else 36
+        axes.scatter(*zip(*points, strict=True), color=colour, s=size, label=runtime, edgecolor="white", zorder=2)
+    axes.set_yticks(range(len(rows)), [row.model for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.axvline(1, color="black", linewidth=1, zorder=0)
+    axes.grid(color="#e4e4e4", zorder=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("times as fast as torch, batch 1; float32 but where bfloat16 is said", fontsize=8)
+    axes.set_title(f"{environment['processor']}, {environment['threads']} threads", fontsize=8, loc="left")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle("Whole models of torchvision", fontsize=12)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def save(folder: Path, rows: list[Row], environment: dict) -> None:
+    """models.json, models.md and models.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "models.json") as temporary:
+        temporary.write_text(
+            json.dumps({"environment": environment, "rows": [vars(row) for row in rows]}, indent=1) + "\n"
+        )
+    with replacing(folder / "models.md") as temporary:
+        temporary.write_text(table(rows, environment))
+    save_chart(folder / "models.png", rows, environment)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--models", nargs="+", default=[*CLASSIFIERS, BACKBONE, BACKBONE_BF16, DETECTOR], help="names of torchvision's"
-    )
+    parser.add_argument("--models", nargs="+", default=None, help="names of torchvision's; default: those of the table")
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help="folder for models.json and models.md; default: none for a part")
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results for a whole run, else none")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="write table and chart of an earlier run again")
     options = parser.parse_args(arguments)
+    if options.redraw:
+        earlier = json.loads(options.redraw.read_text())
+        save(options.output or RESULTS, [Row(**row) for row in earlier["rows"]], earlier["environment"])
+        return 0
     torch.set_num_threads(options.threads)
     runtimes = tuple(dict.fromkeys(("fastcv", "torch", *options.runtimes)))
     rows = []
-    for name in options.models:
+    for name in options.models or [*CLASSIFIERS, BACKBONE, BACKBONE_BF16, DETECTOR]:
         rows.append(measure(name, runtimes, options.threads))
         times = ", ".join(f"{runtime} {seconds * 1e3:.1f} ms" for runtime, seconds in rows[-1].seconds.items())
         print(f"{name}: {times} {rows[-1].missing or ''}", flush=True)
     environment = harness.environment()
-    text = table(rows, environment)
-    print(text)
-    whole = arguments is None and len(sys.argv) == 1
-    folder = options.output or (RESULTS if whole else None)
+    print(table(rows, environment))
+    folder = options.output or (RESULTS if options.models is None and len(runtimes) == len(RUNTIMES) else None)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in (
-            (
-                folder / "models.json",
-                json.dumps({"environment": environment, "rows": [vars(r) for r in rows]}, indent=1),
-            ),
-            (folder / "models.md", text),
-        ):
-            temporary = path.with_suffix(".part")
-            temporary.write_text(content)
-            temporary.replace(path)
+        save(folder, rows, environment)
     return 0
 
 
