@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | bench | setup | clean
+# make demo | test | test-slow | lint | bench | bench-models | setup | clean
 #
 # Each target makes its own .venv with everything in it. Variables:
 #   PYTHON      the interpreter (default: the first of python3, python3.13 .. python3.10 that will do)
@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 DEPENDENCIES := $(VENV)/.dependencies-$(shell echo '$(TORCH_SPEC) $(FACENET_SPEC)' | cksum | cut -d' ' -f1)
 BUILT := $(VENV)/.built-$(or $(FASTCV_CUDA),auto)
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow lint bench bench-models clean
 .DEFAULT_GOAL := setup
 
 setup: $(BUILT)
@@ -37,6 +37,12 @@ lint: $(DEPENDENCIES)
 
 bench: $(BUILT)
 	$(RUN) -m benchmarks
+
+bench-models: $(BUILT)
+	$(PIP_INSTALL) -e '.[runtimes]' --no-build-isolation
+	$(RUN) -m benchmarks.models
+	$(RUN) -m benchmarks.all_models
+	$(RUN) -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info fastcv/*.so .pytest_cache .ruff_cache .benchmarks .coverage

@@ -273,8 +273,29 @@ def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
     plt.close(figure)
 
 
+def short_table(rows: list[Row]) -> str:
+    """Milliseconds of a few models, for the README."""
+    chosen = ["vgg16", "resnet18", "resnet50", "mobilenet_v2", BACKBONE, BACKBONE_BF16, DETECTOR]
+    runtimes = ["torch", "ONNX Runtime", "OpenVINO", "fastcv"]
+    lines = [f"| milliseconds, one image | {' | '.join(runtimes)} |", "|---|" + "---:|" * len(runtimes)]
+    for row in rows:
+        if row.model in chosen:
+            cells = [f"{row.seconds[r] * 1e3:.1f}" if r in row.seconds else "" for r in runtimes]
+            lines.append(f"| {row.model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def update_readme(rows: list[Row]) -> None:
+    """The table between the two marks."""
+    path, begin, end = RESULTS.parents[1] / "README.md", "<!-- models -->\n", "\n<!-- end of models -->"
+    text = path.read_text()
+    head, rest = text.split(begin)
+    with replacing(path) as temporary:
+        temporary.write_text(head + begin + short_table(rows) + end + rest.split(end)[1])
+
+
 def save(folder: Path, rows: list[Row], environment: dict) -> None:
-    """models.json, models.md and models.png."""
+    """models.json, models.md and models.png; in the place for results the README's table too."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "models.json") as temporary:
         temporary.write_text(
@@ -283,6 +304,8 @@ def save(folder: Path, rows: list[Row], environment: dict) -> None:
     with replacing(folder / "models.md") as temporary:
         temporary.write_text(table(rows, environment))
     save_chart(folder / "models.png", rows, environment)
+    if folder == RESULTS:
+        update_readme(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from benchmarks import harness, report, shapes
+from benchmarks import all_models, harness, models, report, shapes
 from benchmarks.__main__ import find_cases, main
 
 
@@ -87,3 +87,37 @@ def test_ssd300_has_its_8732_boxes():
 def test_scores_are_distinct():
     for scores in (shapes.random_boxes(50_000)[1], shapes.ssd300_candidates()[1]):
         assert len(scores.unique()) == len(scores)
+
+
+def test_table_of_models():
+    rows = [
+        models.Row(
+            "resnet18", {"fastcv": 0.01, "torch": 0.025, "OpenVINO": 0.02}, {"ONNX Runtime": "not installed (onnx)"}
+        ),
+        models.Row("vgg16", {"fastcv": 0.1, "torch": 0.2, "OpenVINO": 0.09}, {"ONNX Runtime": "not installed (onnx)"}),
+    ]
+    text = models.table(rows, {"processor": "P", "threads": 2, "torch": "2"})
+    assert "| resnet18 | 10.0 | 25.0 | not installed (onnx) | 20.0 | 2.50 | 2.00 |" in text
+    assert "| vgg16 | 100.0 | 200.0 | not installed (onnx) | 90.0 | 2.00 | 0.90 |" in text
+    assert "torch 2.24, OpenVINO 1.34." in text
+    assert "| resnet18 | 25.0 |  | 20.0 | 10.0 |" in models.short_table(rows)
+
+
+def test_outputs_of_runtimes_must_agree():
+    expected = [torch.tensor([1.0, 2.0]).numpy()]
+    models._check("resnet18", "OpenVINO", [expected[0] + 1e-4], expected)
+    with pytest.raises(AssertionError, match="resnet18: OpenVINO differs from torch"):
+        models._check("resnet18", "OpenVINO", [expected[0] + 0.1], expected)
+
+
+def test_every_model_has_a_row():
+    row = all_models.measure("squeezenet1_1", rounds=1)
+    assert row["programs"] == 1 and row["in torch"] == 0 and row["left"] == 0 and float(row["difference"]) < 1e-4
+    row["ratio"] = 0.5
+    assert "| **0.50** |" in all_models.table([row], {"processor": "P", "threads": 2, "torch": "2"})
+
+
+@pytest.mark.slow
+def test_runtimes_take_turns():
+    row = models.measure("squeezenet1_1", ("fastcv", "torch", "OpenVINO"), threads=1)
+    assert {"fastcv", "torch"} <= row.seconds.keys() and row.seconds.keys() | row.missing.keys() >= {"OpenVINO"}

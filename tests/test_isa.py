@@ -25,3 +25,20 @@ def test_environment_variable(isa):
     else:
         assert result.stdout.strip() == INFO["available_isas"][-1]
         assert ("FASTCV_CPU_ISA=avx9000 is ignored" in result.stderr) == bool(isa)
+
+
+@pytest.mark.parametrize("isa", LOWER)
+def test_programs(isa):
+    arguments = [
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "-k",
+        "steps or norm or bfloat16 or threads",
+    ]
+    file = ROOT / "tests/accelerate/test_program.py"
+    result = run_python([*arguments, str(file)], environment={"FASTCV_CPU_ISA": isa})
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr

@@ -12,19 +12,25 @@ const Conv2dKernel& kernel_for(const std::string& name, const Conv2dShape& shape
   return *kernel;
 }
 
-Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, const std::vector<int64_t>& stride,
+std::vector<int64_t> size_of(const Tensor& t) {
+  std::vector<int64_t> size;
+  for (int64_t d = 0; d < t.dim(); ++d) size.push_back(t.size(d));
+  return size;
+}
+
+Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
-  STD_TORCH_CHECK(input.size() == 4 && weight.dim() == 4, "input, weight: expected shapes [N, C, H, W] and [K, C / groups, KH, KW]");
+  STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4, "input, weight: expected shapes [N, C, H, W] and [K, C / groups, KH, KW]");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding, dilation: expected two numbers each");
   Conv2dShape s{};
   s.threads = torch::stable::get_num_threads();
   s.images = input[0], s.channels = input[1], s.height = input[2], s.width = input[3];
-  s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
+  s.out_channels = weight[0], s.kernel_h = weight[2], s.kernel_w = weight[3];
   s.stride_h = stride[0], s.stride_w = stride[1], s.pad_h = padding[0], s.pad_w = padding[1];
   s.dilation_h = dilation[0], s.dilation_w = dilation[1], s.groups = groups;
-  STD_TORCH_CHECK(groups > 0 && s.out_channels > 0 && s.out_channels % groups == 0 && weight.size(1) > 0 &&
-                      s.channels == weight.size(1) * groups && s.kernel_h > 0 && s.kernel_w > 0,
+  STD_TORCH_CHECK(groups > 0 && s.out_channels > 0 && s.out_channels % groups == 0 && weight[1] > 0 &&
+                      s.channels == weight[1] * groups && s.kernel_h > 0 && s.kernel_w > 0,
                   "weight: expected [K, ", s.channels, " / groups, KH, KW] with K a multiple of groups (", groups, ")");
   STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.pad_h >= 0 && s.pad_w >= 0,
                   "stride, dilation: expected positive numbers; padding: numbers that are not negative");
@@ -66,7 +72,7 @@ Tensor conv2d_prepare_cpu(const Tensor& weight, int64_t groups, const std::vecto
   // An input on which the kernel fits once; no preparation depends on its size.
   std::vector<int64_t> input{1, weight.size(1) * groups, 0, 0};
   for (int i = 0; i < 2; ++i) input[2 + i] = std::max<int64_t>(1, dilation.at(i) * (weight.size(2 + i) - 1) + 1);
-  const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
+  const Conv2dShape shape = make_shape(input, size_of(weight), stride, padding, dilation, groups);
   const Conv2dKernel& kernel = kernel_for(kernel_name, shape);
   const Tensor contiguous = as_contiguous(weight, ScalarType::Float);
   Tensor prepared = empty_cpu({kernel.weights(shape)}, ScalarType::Float);
@@ -81,8 +87,8 @@ Tensor conv2d_cpu(const Tensor& input_any, const Tensor& weight, const std::opti
                   const std::string& kernel_name) {
   check_float(input_any, "input"), check_float(weight, "weight");
   STD_TORCH_CHECK(input_any.dim() == 4, "input: expected shape [N, C, H, W]");
-  const Conv2dShape shape = make_shape({input_any.size(0), input_any.size(1), input_any.size(2), input_any.size(3)}, weight,
-                                       stride, padding, dilation, groups);
+  const Conv2dShape shape = make_shape(size_of(input_any), size_of(weight), stride,
+                                       padding, dilation, groups);
   const Conv2dKernel& kernel = kernel_for(kernel_name, shape);
   const Tensor prepared = prepared_or_none
                               ? *prepared_or_none
@@ -126,9 +132,16 @@ Tensor conv2d_cpu(const Tensor& input_any, const Tensor& weight, const std::opti
 int64_t conv2d_kernel_cpu(const Tensor& input, const Tensor& weight, int64_t groups, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   STD_TORCH_CHECK(input.dim() == 4, "input: expected shape [N, C, H, W]");
-  const Conv2dShape shape = make_shape({input.size(0), input.size(1), input.size(2), input.size(3)}, weight, stride, padding,
-                                       dilation, groups);
+  const Conv2dShape shape = make_shape(size_of(input), size_of(weight), stride, padding, dilation, groups);
   return kernel_for("auto", shape).number;
+}
+
+// Has "auto" choose `kernel` for this shape of input and weight; "auto" undoes it.
+void conv2d_choose(const std::vector<int64_t>& input, const std::vector<int64_t>& weight, int64_t groups,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, const std::string& kernel_name) {
+  const Conv2dShape shape = make_shape(input, weight, stride, padding, dilation, groups);
+  choose_conv2d_kernel(shape, kernel_name == "auto" ? nullptr : &kernel_for(kernel_name, shape));
 }
 
 }  // namespace
@@ -138,4 +151,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcv, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&fastcv::conv2d_cpu));
   m.impl("conv2d_kernel", TORCH_BOX(&fastcv::conv2d_kernel_cpu));
   m.impl("conv2d_prepare", TORCH_BOX(&fastcv::conv2d_prepare_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcv, CompositeExplicitAutograd, m) {
+  m.impl("conv2d_choose", TORCH_BOX(&fastcv::conv2d_choose));
 }

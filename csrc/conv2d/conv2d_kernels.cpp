@@ -1,6 +1,10 @@
 #include "conv2d_kernels.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
+#include <map>
+#include <mutex>
 
 namespace fastcv {
 namespace {
@@ -42,7 +46,43 @@ const std::vector<Conv2dKernel>& kernels() {
   return all;
 }
 
+using Key = std::array<int64_t, 14>;
+
+Key key_of(const Conv2dShape& s) {
+  return {s.images, s.channels, s.height,     s.width,      s.out_channels, s.kernel_h, s.kernel_w,
+          s.stride_h, s.stride_w, s.pad_h,    s.pad_w,      s.dilation_h,   s.dilation_w, s.groups};
+}
+
+struct Choices {
+  std::mutex mutex;
+  std::map<Key, const Conv2dKernel*> kernels;
+  std::atomic<bool> any{false};
+
+  static Choices& instance() {
+    static Choices* const choices = new Choices;
+    return *choices;
+  }
+};
+
+const Conv2dKernel* chosen(const Conv2dShape& shape) {
+  Choices& choices = Choices::instance();
+  if (!choices.any || shape.input_norm) return nullptr;
+  const std::lock_guard lock(choices.mutex);
+  const auto found = choices.kernels.find(key_of(shape));
+  return found == choices.kernels.end() ? nullptr : found->second;
+}
+
 }  // namespace
+
+void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel) {
+  Choices& choices = Choices::instance();
+  const std::lock_guard lock(choices.mutex);
+  if (kernel)
+    choices.kernels[key_of(shape)] = kernel;
+  else
+    choices.kernels.erase(key_of(shape));
+  choices.any = !choices.kernels.empty();
+}
 
 // Faster than float32 with the instruction for it, slower without.
 static bool has_bf16() {
@@ -66,6 +106,8 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
 }
 
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape) {
+  if (name == "auto")
+    if (const Conv2dKernel* kernel = chosen(shape)) return kernel;
   for (const Conv2dKernel& kernel : kernels())
     if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) {
       if (name == "auto" && kernel.number == 7) continue;  // only where it is asked for

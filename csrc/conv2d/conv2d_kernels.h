@@ -22,6 +22,10 @@ struct Conv2dKernel {
 // The named kernel, or for "auto" the one that is fastest on the shape; null where none serves it.
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape);
 
+// Has "auto" choose a kernel for convolutions of just this shape, whatever their precision allows; null undoes it. Measured
+// choices (fastcv.tune) come this way.
+void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel);
+
 // What may be given up for speed. The default's relative error is at most 1e-5; highest has no Winograd; bfloat16 rounds
 // operands, where the processor is faster so.
 enum class Precision : int64_t { standard, highest, bfloat16 };

@@ -21,10 +21,11 @@ struct Workspace {
     if (block.memory) LargeBlocks::instance().give_back(block.memory);
   }
   float* arena(int64_t floats) {
+    if (floats == 0) return nullptr;
     const size_t bytes = size_t(floats) * sizeof(float);
     if (!block.memory || bytes > block.bytes || block.bytes > 2 * bytes + (size_t(8) << 20)) {
       if (block.memory) LargeBlocks::instance().give_back(std::exchange(block.memory, nullptr));
-      block = LargeBlocks::instance().take(std::max<size_t>(bytes, 64));
+      block = LargeBlocks::instance().take(bytes);
       STD_TORCH_CHECK(block.memory, "fastcv: cannot allocate ", bytes, " bytes for a program");
     }
     return static_cast<float*>(block.memory);
@@ -269,13 +270,14 @@ std::vector<Tensor> program_run(int64_t handle, std::vector<Tensor> inputs) {
 void program_free(int64_t handle) { Registry::instance().remove(handle); }
 
 // Steps of the last run as rows of numbers: kind (-1: copy), kernel (-1 where there is no choice), nanoseconds,
-// multiply-adds, bytes that are read and written once, and the sizes of input and output. Turns measuring on.
+// multiply-adds, bytes that are read and written once, the sizes of input and output, kernel, stride, padding, dilation and
+// groups of a convolution, and whether it norms its input. Turns measuring on.
 Tensor program_profile(int64_t handle) {
   const std::shared_ptr<Loaded> loaded = Registry::instance().get(handle);
   const std::lock_guard lock(loaded->mutex);
   loaded->profile = true;
   const Plan* plan = loaded->profiled.get();
-  const int64_t rows = plan ? int64_t(plan->steps.size()) : 0, columns = 15;
+  const int64_t rows = plan ? int64_t(plan->steps.size()) : 0, columns = 22;
   Tensor table = empty_cpu({rows, columns}, ScalarType::Long);
   int64_t* out = mutable_data<int64_t>(table);
   for (int64_t i = 0; i < rows; ++i, out += columns) {
@@ -290,7 +292,8 @@ Tensor program_profile(int64_t handle) {
     const int64_t second = step && step->inputs.size() == 2 ? to.n * to.c * to.h * to.w : 0;
     const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + weights + second);
     const int64_t row[] = {copy ? -1 : int64_t(step->op), s.conv ? s.conv->number : -1, loaded->nanoseconds[size_t(i)], work,
-                           bytes, in.n, in.c, in.h, in.w, to.c, to.h, to.w, c.kernel_h, c.stride_h, c.groups};
+                           bytes, in.n, in.c, in.h, in.w, to.c, to.h, to.w, c.kernel_h, c.kernel_w, c.stride_h, c.stride_w,
+                           c.pad_h, c.pad_w, c.dilation_h, c.dilation_w, c.groups, s.shape.input_norm};
     std::copy(std::begin(row), std::end(row), out);
   }
   return table;

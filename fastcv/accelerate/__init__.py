@@ -17,8 +17,9 @@ from .._library import cpu_loaded
 from ._capture import capture
 from ._detection import replace_operators
 from ._report import Report
+from ._tune import load_tuning, tune
 
-__all__ = ["Report", "accelerate"]
+__all__ = ["Report", "accelerate", "load_tuning", "tune"]
 
 
 def accelerate(

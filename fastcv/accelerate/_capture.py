@@ -179,6 +179,9 @@ class _Forward:
             return "for its weights were made in inference mode, where nobody can see whether they change"
         try:
             _note_shapes(self.captured, args)
+        except Exception as error:  # an operator whose result's shape depends on data, or that has no rule for shapes
+            return f"for the shapes in it cannot be followed ({type(error).__name__})"
+        try:
             self.captured, programs = lower(self.captured, precision=self.precision)
         except Untraceable as error:
             return f"for {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import struct
 import weakref
 
@@ -20,6 +21,7 @@ LIBRARY.define("program_profile(int handle) -> Tensor")
 # In the order of Precision in csrc/conv2d/conv2d_kernels.h.
 PRECISIONS = ("default", "highest", "bfloat16")
 
+_version, _place = operator.attrgetter("_version"), Tensor.data_ptr
 _WITH_ACTIVATION = ("conv", "add", "mul", "activate", "affine")
 
 
@@ -35,20 +37,33 @@ class Program(nn.Module):
         self._refs = list({r.key: r for step in listing.steps for r in step.refs()}.values())
         self._handle: int | None = None
         self._free: weakref.finalize | None = None
-        self._state: tuple = ()
+        self._state: tuple[list, list, list] = ([], [], [])
+        self._owners: list[tuple[dict, operator.itemgetter]] = []
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        if self._handle is None or self._current() != self._state:
+        if self._handle is None or self._changed():
             self._load()
         return torch.ops.fastcv.program_run.default(self._handle, inputs)
 
-    def _current(self) -> tuple:
-        tensors = [r.owner[r.name] for r in self._refs]
+    def _changed(self) -> bool:
+        """Whether a parameter is another, was written to, or lies elsewhere. Small networks feel how long it takes."""
+        tensors, versions, places = self._state
+        now = [t for owner, names in self._owners for t in names(owner) if t is not None]
         return (
-            [id(t) for t in tensors],
-            [None if t is None else t._version for t in tensors],
-            [None if t is None else t.data_ptr() for t in tensors],
+            len(now) != len(tensors)
+            or not all(map(operator.is_, now, tensors))
+            or list(map(_version, now)) != versions
+            or list(map(_place, now)) != places
         )
+
+    def _note_state(self) -> None:
+        by_owner: dict[int, tuple[dict, list[str]]] = {}
+        for r in self._refs:
+            by_owner.setdefault(id(r.owner), (r.owner, []))[1].append(r.name)
+        # Of a single name itemgetter gives no tuple: the name twice does.
+        self._owners = [(o, operator.itemgetter(*(n if len(n) > 1 else 2 * n))) for o, n in by_owner.values()]
+        tensors = [t for owner, names in self._owners for t in names(owner) if t is not None]
+        self._state = tensors, list(map(_version, tensors)), list(map(_place, tensors))
 
     def _load(self) -> None:
         self._unload()
@@ -68,10 +83,14 @@ class Program(nn.Module):
                 params = _params(step)
                 code += [OPS.index(step.op), step.output, len(step.inputs), *step.inputs]
                 code += [len(params), *params, len(indices), *indices]
-            self._state = self._current()
+            self._note_state()
             self._handle = torch.ops.fastcv.program_load(code, weights, PRECISIONS.index(self.precision))
         self._free = weakref.finalize(self, torch.ops.fastcv.program_free.default, self._handle)
         self._free.atexit = False
+
+    def reload(self) -> None:
+        """Plan again at the next call, with other choices of kernels."""
+        self._unload()
 
     def _unload(self) -> None:
         if self._handle is not None:
@@ -80,7 +99,7 @@ class Program(nn.Module):
 
     def __getstate__(self):
         """A copy loads its own: its parameters are others."""
-        return {**self.__dict__, "_handle": None, "_free": None, "_state": ()}
+        return {**self.__dict__, "_handle": None, "_free": None, "_state": ([], [], []), "_owners": []}
 
     def profile(self, *inputs: Tensor, repeat: int = 10) -> Tensor:
         """A row for each step: what it did and its nanoseconds, the median of ``repeat`` calls (see ``program_profile``

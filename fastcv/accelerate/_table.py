@@ -42,10 +42,10 @@ def program_table(program: Program, *inputs: Tensor) -> str:
     lines = [f"{'step':<18}{'kernel':<14}{'input':<22}{'output':<20}{'us':>9}{'floor':>9}{'GFLOP/s':>9}"]
     total = bound = 0.0
     for row in program.profile(*inputs).tolist():
-        op, kernel, nanoseconds, work, size, n, c, h, w, out_c, out_h, out_w, reach, stride, groups = row
+        op, kernel, nanoseconds, work, size, n, c, h, w, out_c, out_h, out_w, kh, kw, stride, *_, groups, _ = row
         name = "copy" if op < 0 else OPS[op]
         if name == "conv":
-            name += f" {reach}x{reach}" + (f"/{stride}" if stride > 1 else "") + (f" g{groups}" if groups > 1 else "")
+            name += f" {kh}x{kw}" + (f"/{stride}" if stride > 1 else "") + (f" g{groups}" if groups > 1 else "")
             chosen = KERNELS[kernel]
             weights = size / 4 - n * (c * h * w + out_c * out_h * out_w)
             floor = max(work * _PRODUCTS.get(chosen, 1.0) / products, 4 * max(weights, 0) / memory)

@@ -302,3 +302,46 @@ def test_a_detector_of_torchvision():
             same = (far < 0.05) & (result["labels"][:, None] == expected["labels"])
             assert same.any(1).float().mean() >= 0.95  # a few lie on the edge of a threshold
     assert "backbone" in [part.name for part in fast.fastcv_report.parts]
+
+
+def test_assertions_are_kept():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            torch._assert(x.shape[2] == x.shape[3], "expected a square")
+            return self.conv(x)
+
+    fast = check(Model(), torch.randn(1, 3, 8, 8), parts=[(1, 0)])
+    with torch.inference_mode(), pytest.raises(AssertionError, match="expected a square"):
+        fast(torch.randn(1, 3, 8, 9))
+
+
+def test_shapes_that_depend_on_data():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return torch.nonzero(self.conv(x) > 0)
+
+    fast = check(Model(), torch.randn(1, 3, 8, 8), parts=[], left=1)
+    assert "shapes in it cannot be followed" in str(fast.fastcv_report)
+
+
+def test_what_tracing_writes_to_a_model_is_undone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.seen = nn.Conv2d(3, 4, 3), None
+
+        def forward(self, x):
+            if self.seen is None:
+                self.seen = x.shape
+            return self.conv(x)
+
+    fast = fastcv.accelerate(Model())
+    assert fast.seen is None

@@ -1,6 +1,7 @@
 """Programs: every step against torch's layers, sizes that change, memory, threads, and numbers that make no program."""
 
 import gc
+import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 
@@ -336,3 +337,37 @@ def test_highest_precision_has_no_winograd():
         fastcv.accelerate(model, dtype=torch.bfloat16, precision="highest")
     with pytest.raises(ValueError, match=r"expected torch.float32 or torch.bfloat16, got torch.float16"):
         fastcv.accelerate(model, dtype=torch.float16)
+
+
+def test_tuning(tmp_path):
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 40, 1)).eval()
+    fast, x = fastcv.accelerate(model), torch.randn(1, 16, 30, 31)
+    with torch.inference_mode():
+        expected = model(x)
+    for choice in fastcv.tune(fast, x, file=tmp_path / "choices.json", rounds=2):
+        assert choice["times_as_fast"] > 1
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+    shape = {"input": [1, 16, 30, 31], "weight": [16, 16, 3, 3], "groups": 1}
+    shape |= {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    file = tmp_path / "other.json"
+
+    def kernel_after(name):
+        file.write_text(json.dumps([{**shape, "kernel": name}]))
+        fastcv.load_tuning(file)
+        with torch.inference_mode():
+            fast = fastcv.accelerate(model)
+            fast(x)
+            torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+            return KERNELS[programs(fast)[0].profile(x)[0, 1]]
+
+    assert kernel_after("winograd_2x2") == "winograd_2x2"
+    assert kernel_after("gemm") == "gemm"
+    assert kernel_after("auto") == "winograd"
+    with pytest.raises(ValueError, match="does not hold choices"):
+        kernel_after("depthwise")
+    file.write_text("nothing")
+    with pytest.raises(ValueError, match="is not JSON"):
+        fastcv.load_tuning(file)
+    with pytest.raises(TypeError, match=r"expected what fastcv\.accelerate returned, got Sequential"):
+        fastcv.tune(model, x)
