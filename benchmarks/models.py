@@ -254,8 +254,10 @@ def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
         points = [
             (row.seconds["torch"] / row.seconds[runtime], y) for y, row in enumerate(rows) if runtime in row.seconds
         ]
-        size = 60 if runtime == "fastcv" else 36
-        axes.scatter(*zip(*points, strict=True), color=colour, s=size, label=runtime, edgecolor="white", zorder=2)
+        if points:
+            x, y = zip(*points, strict=True)
+            size = 60 if runtime == "fastcv" else 36
+            axes.scatter(x, y, color=colour, s=size, label=runtime, edgecolor="white", zorder=2)
     axes.set_yticks(range(len(rows)), [row.model for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(1, color="black", linewidth=1, zorder=0)
