@@ -67,7 +67,7 @@ FASTCV_EACH_ISA(
     FASTCV_CONV2D_KERNEL(conv2d_gemm)
     // The same with operands rounded to bfloat16.
     FASTCV_CONV2D_KERNEL(conv2d_bf16)
-    // 3x3, stride 1, no dilation, one group: 36 products instead of 144 (Lavin and Gray, CVPR 2016).
+    // 3x3, stride 1, one group, dilation 1 or as large as the padding: 36 products instead of 144 (Lavin and Gray, CVPR 2016).
     FASTCV_CONV2D_KERNEL(conv2d_winograd)
     // The same with 16 products instead of 36 and less than half the prepared weights: for few pixels.
     FASTCV_CONV2D_KERNEL(conv2d_winograd_2x2)

@@ -13,9 +13,11 @@ namespace {
   Conv2dKernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                  \
                FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
 
+// Dilated ones fall into dilation x dilation ones of every dilation-th pixel.
 bool is_winograd(const Conv2dShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1 && !s.input_norm;
+  const bool phases = s.dilation_h == s.pad_h && s.dilation_w == s.pad_w;
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         ((s.dilation_h == 1 && s.dilation_w == 1) || phases) && s.groups == 1 && !s.input_norm;
 }
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
@@ -25,7 +27,9 @@ bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.gro
 // memory each), from the last-level cache as long as 3.
 double winograd_cost(const Conv2dShape& s, int64_t m) {
   const int64_t elements = (m + 2) * (m + 2);
-  const double products = double(s.images * ((s.out_height + m - 1) / m) * ((s.out_width + m - 1) / m) * elements);
+  const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
+  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + m - 1) / m) * ((wide + m - 1) / m);
+  const double products = double(tiles * elements);
   const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
   return std::max(products, double(elements) * (cached ? 3 : 12));
 }

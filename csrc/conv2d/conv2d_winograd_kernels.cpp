@@ -14,6 +14,8 @@
 // so that this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads share the work
 // evenly. Where a layer has few tiles (14x14 pixels: 16) tasks share them and divide the panels.
 //
+// Dilated convolutions are taken apart into phases without dilation, which pixel strides express.
+//
 // Arithmetic bounds it where there are tiles enough: the products are a quarter of the direct sum's, and the transforms add
 // 2 operations per element and pixel for large C. Where there are few, reading U does: 512 x 512 channels at 7x7 pixels
 // have 38 MB for M = 4 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for M = 2 (0.65 ms in all). The last
@@ -31,7 +33,8 @@ FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
-  int64_t tiles_y, tiles_x, tiles;  // of an image
+  int64_t tiles_y, tiles_x, phase_tiles;  // of the largest phase of an image (without dilation there is one)
+  int64_t tiles;                          // of an image
   int64_t block, blocks;            // tiles of a task, blocks of an image
   int64_t panels, panel_groups, group_panels;
   int64_t row;                      // floats from one element of V to the next: channels, and what keeps cache sets apart
@@ -55,8 +58,9 @@ double task_cost(const Conv2dShape& s, int64_t block, int64_t panels) {
 template <int M>
 Plan make_plan(const Conv2dShape& s) {
   Plan p{};
-  p.tiles_y = ceil_div(s.out_height, M), p.tiles_x = ceil_div(s.out_width, M);
-  p.tiles = p.tiles_y * p.tiles_x;
+  p.tiles_y = ceil_div(ceil_div(s.out_height, s.dilation_h), M), p.tiles_x = ceil_div(ceil_div(s.out_width, s.dilation_w), M);
+  p.phase_tiles = p.tiles_y * p.tiles_x;
+  p.tiles = s.dilation_h * s.dilation_w * p.phase_tiles;
   p.row = ceil_div(s.channels, L) * L + L;
   p.panels = ceil_div(s.out_channels, kPanel);
   const int64_t weights = s.channels * p.panels * kPanel;  // of each element
@@ -224,20 +228,59 @@ void multiply_vectors(int vectors, int64_t tiles, const float* v, int64_t v_step
   }
 }
 
+// A convolution with dilation d and padding d is d x d convolutions without, each of every d-th pixel: phase (i, j) of the
+// input gives phase (i, j) of the output. The size of one:
+Conv2dShape phase_shape(const Conv2dShape& s, int64_t i, int64_t j) {
+  Conv2dShape phase = s;
+  phase.height = phase.out_height = ceil_div(s.height - i, s.dilation_h);
+  phase.width = phase.out_width = ceil_div(s.width - j, s.dilation_w);
+  phase.pad_h = phase.pad_w = phase.dilation_h = phase.dilation_w = 1;
+  return phase;
+}
+
+template <class T>
+PixelMap<T> phase_map(const PixelMap<T>& map, const Conv2dShape& s, int64_t i, int64_t j) {
+  if (!map.data) return map;
+  return {map.data + i * map.stride_y + j * map.stride_x, map.stride_n, s.dilation_h * map.stride_y,
+          s.dilation_w * map.stride_x};
+}
+
+// Tile t of all phases: the convolution that it belongs to, and which tile it is there. Some lie outside the smaller phases;
+// they read zeros and write nothing.
+struct PhaseTile {
+  Conv2d conv;
+  int64_t tile;
+
+  PhaseTile(const Conv2d& whole, const Plan& p, int64_t t) : conv(whole), tile(t % p.phase_tiles) {
+    if (p.phase_tiles == p.tiles) return;
+    const Conv2dShape& s = whole.shape;
+    const int64_t phase = t / p.phase_tiles, y = phase / s.dilation_w, x = phase % s.dilation_w;
+    conv.shape = phase_shape(s, y, x);
+    conv.input = phase_map(whole.input, s, y, x), conv.output = phase_map(whole.output, s, y, x);
+    conv.residual = phase_map(whole.residual, s, y, x);
+  }
+};
+
 template <int M>
 void run_task(const Conv2d& conv, const Plan& p, int64_t image, int64_t first, int64_t last, int64_t panel, int64_t end_panel,
               float* scratch) {
   const Conv2dShape& s = conv.shape;
   const int64_t v_step = kElements<M> * p.row, m_step = kElements<M> * kPanel;
   float *const v = scratch, *const m = scratch + p.block * v_step;
-  for (int64_t t = first; t < last; ++t) transform_patch<M>(conv, p, image, t, v + (t - first) * v_step);
+  for (int64_t t = first; t < last; ++t) {
+    const PhaseTile at(conv, p, t);
+    transform_patch<M>(at.conv, p, image, at.tile, v + (t - first) * v_step);
+  }
   for (; panel < end_panel; ++panel) {
     const int64_t channel = panel * kPanel;
     const int vectors = int(ceil_div(min_of(kPanel, s.out_channels - channel), L));
     const float* u = conv.weight + channel * s.channels * kElements<M>;
     for (int64_t e = 0; e < kElements<M>; ++e, u += s.channels * vectors * L)
       multiply_vectors(vectors, last - first, v + e * p.row, v_step, s.channels, u, m + e * kPanel, m_step);
-    for (int64_t t = first; t < last; ++t) transform_back<M>(conv, p, image, t, channel, vectors, m + (t - first) * m_step);
+    for (int64_t t = first; t < last; ++t) {
+      const PhaseTile at(conv, p, t);
+      transform_back<M>(at.conv, p, image, at.tile, channel, vectors, m + (t - first) * m_step);
+    }
   }
 }
 
