@@ -256,8 +256,9 @@ std::vector<Tensor> program_run(int64_t handle, std::vector<Tensor> inputs) {
   pointers.arena = workspace->arena(plan->arena);
   Run& run = workspace->run;
   run.nanoseconds.assign(profile ? plan->steps.size() : 0, 0);
-  run.start(p, *plan, pointers);
-  parallel_for(torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+  const int64_t threads = torch::stable::get_num_threads();
+  run.start(p, *plan, pointers, threads);
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
     const Scratch<float> scratch = allocate_scratch<float>(size_t(plan->scratch));
     run.work(scratch.get());
   });

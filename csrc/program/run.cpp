@@ -1,5 +1,6 @@
 #include "run.h"
 
+#include <algorithm>
 #include <thread>
 
 #if defined(FASTCV_X86)
@@ -8,6 +9,8 @@
 
 namespace fastcv::program {
 namespace {
+
+constexpr int64_t kMostPortions = 16;
 
 void pause_cpu() {
 #if defined(FASTCV_X86)
@@ -107,31 +110,40 @@ BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep&
   return bound;
 }
 
-void Run::start(const Program& program, const Plan& plan, const Pointers& pointers) {
+void Run::start(const Program& program, const Plan& plan, const Pointers& pointers, int64_t threads) {
   steps.clear();
   for (const PlannedStep& planned : plan.steps) steps.push_back(bind_step(program, plan, planned, pointers));
-  progress = std::make_unique<Progress[]>(steps.size());
-  timers = 0;
+  portions = std::min(threads, kMostPortions);
+  counters = std::make_unique<Counter[]>(steps.size() * size_t(portions + 1));
+  arrived = 0;
 }
 
-void Run::work(float* scratch) {
-  const bool times = !nanoseconds.empty() && timers.fetch_add(1) == 0;
-  auto before = std::chrono::steady_clock::now();
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const BoundStep& step = steps[i];
-    const int64_t tasks = step.planned->tasks;
-    Progress& p = progress[i];
-    for (int64_t task; (task = p.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+void Run::work_step(const BoundStep& step, Counter* counter, int64_t own, float* scratch) {
+  const int64_t tasks = step.planned->tasks;
+  std::atomic<int64_t>& done = counter->value;
+  for (int64_t i = 0; i < portions; ++i) {
+    const int64_t portion = (own + i) % portions, begin = tasks * portion / portions, end = tasks * (portion + 1) / portions;
+    std::atomic<int64_t>& next = counter[1 + portion].value;
+    for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
       if (step.planned->conv)
         step.planned->conv->run(step.conv, task, task + 1, scratch);
       else
         step.planned->other.run(step.task, task, task + 1);
-      p.done.fetch_add(1, std::memory_order_release);
+      done.fetch_add(1, std::memory_order_release);
     }
-    for (int spins = 0; p.done.load(std::memory_order_acquire) < tasks; ++spins) {
-      pause_cpu();
-      if (spins > 20000) std::this_thread::yield();  // another needs this processor
-    }
+  }
+  for (int spins = 0; done.load(std::memory_order_acquire) < tasks; ++spins) {
+    pause_cpu();
+    if (spins > 20000) std::this_thread::yield();  // another needs this processor
+  }
+}
+
+void Run::work(float* scratch) {
+  const int64_t me = arrived.fetch_add(1);
+  const bool times = !nanoseconds.empty() && me == 0;
+  auto before = std::chrono::steady_clock::now();
+  for (size_t i = 0; i < steps.size(); ++i) {
+    work_step(steps[i], &counters[i * size_t(portions + 1)], me % portions, scratch);
     if (times) {
       const auto now = std::chrono::steady_clock::now();
       nanoseconds[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - before).count();

@@ -1,8 +1,9 @@
 // Running a plan: threads go through its steps together.
 //
-// A step's tasks are claimed one by one from a counter; who finds none left waits until all are done, and goes to the
-// next step. Nobody counts threads: one that comes late joins the step at work, and one alone does everything, so that it
-// does not matter how many the pool gives.
+// A step's tasks are cut into as many portions as there are threads. A thread claims tasks of its own portion one by one,
+// then those that are left of others', waits until all are done, and goes to the next step. So a thread mostly reads what
+// it wrote itself, which lies in its own cache. Nobody counts threads: one that comes late joins the step at work, and one
+// alone does everything, so that it does not matter how many the pool gives.
 #pragma once
 
 #include <atomic>
@@ -26,21 +27,24 @@ struct BoundStep {
 
 BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers);
 
-struct alignas(128) Progress {
-  std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> done{0};
+struct alignas(64) Counter {
+  std::atomic<int64_t> value{0};
 };
 
 // What a run needs beside the plan; kept from one to the next.
 struct Run {
   std::vector<BoundStep> steps;
-  std::unique_ptr<Progress[]> progress;
-  std::vector<int64_t> nanoseconds;  // of each step, where it was sized so
-  std::atomic<int> timers{0};
+  int64_t portions = 1;
+  std::unique_ptr<Counter[]> counters;  // for each step: tasks done, then tasks claimed of each portion
+  std::vector<int64_t> nanoseconds;     // of each step, where it was sized so
+  std::atomic<int64_t> arrived{0};
 
-  void start(const Program& program, const Plan& plan, const Pointers& pointers);
+  void start(const Program& program, const Plan& plan, const Pointers& pointers, int64_t threads);
   // By every thread; returns when all steps are done.
   void work(float* scratch);
+
+ private:
+  void work_step(const BoundStep& step, Counter* counter, int64_t own, float* scratch);
 };
 
 }  // namespace fastcv::program
