@@ -34,6 +34,8 @@ CONVOLUTION = (1, 2, 3, 4, 5, 6, 7, 8)  # strides, paddings, dilations, groups, 
 
 GEOMETRY = ([2, 3], [4, 5], [6, 7])  # strides, paddings, dilations
 WEIGHT, BIAS, RESIDUAL = torch.randn(8, 12, 2, 2), torch.randn(8), torch.randn(5, 8, 7, 6)
+TRANSPOSED, TRANSPOSED_GEOMETRY = torch.randn(24, 4, 6, 7), ([3, 2], [10, 16], [1, 0], [5, 4])
+TRANSPOSED_RESIDUAL = torch.randn(5, 8, 37, 17)
 
 CALLS = {
     "conv2d": [
@@ -42,6 +44,12 @@ CALLS = {
     ],
     "conv2d_prepare": [(WEIGHT, 2, *GEOMETRY, "gemm")],
     "conv2d_kernel": [(FEATURE, WEIGHT, 2, *GEOMETRY)],
+    "conv_transpose2d": [
+        (FEATURE, TRANSPOSED, BIAS, None, None, 2, *TRANSPOSED_GEOMETRY, "silu", 0.3, "auto"),
+        (FEATURE, TRANSPOSED, None, TRANSPOSED_RESIDUAL, None, 2, *TRANSPOSED_GEOMETRY, "leaky_relu", 0.3, "gemm"),
+    ],
+    "conv_transpose2d_prepare": [(FEATURE, TRANSPOSED, 2, *TRANSPOSED_GEOMETRY, "gemm")],
+    "conv_transpose2d_kernel": [(FEATURE, TRANSPOSED, 2, *TRANSPOSED_GEOMETRY)],
     "null": [(FEATURE,)],
     "nms": [(BOXES, SCORES, 0.4, False), (BOXES, SCORES, 0.4, True)],
     "batched_nms": [(BOXES, SCORES, CLASSES, 0.4, False), (BOXES, SCORES, CLASSES, 0.05, True)],
@@ -86,7 +94,7 @@ def test_operator(name):
     if fastcv.build_info()["operators"][name]["cpu"] != "compiled":
         pytest.skip(f"{name} has no compiled kernel")
     for arguments in CALLS[name]:
-        if name in ("conv2d_prepare", "conv2d_kernel"):  # a layout and a choice of their own: they need only arrive
+        if name.endswith(("_prepare", "_kernel")):  # a layout and a choice of their own: they need only arrive
             getattr(torch.ops.fastcv, name)(*arguments)
             continue
         expected = _library.OPERATORS[name](*arguments)

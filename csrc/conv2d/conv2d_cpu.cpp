@@ -1,7 +1,6 @@
 // Tensor shells of conv2d: checks, memory formats, the choice of kernel, threads.
 #include "conv2d_kernels.h"
-
-#include "../common/stable.h"
+#include "conv2d_tensors.h"
 
 namespace fastcv {
 namespace {
@@ -10,12 +9,6 @@ const Conv2dKernel& kernel_for(const std::string& name, const Conv2dShape& shape
   const Conv2dKernel* kernel = conv2d_kernel(name, shape);
   STD_TORCH_CHECK(kernel, "kernel: \"", name, "\" does not serve this convolution, or does not exist");
   return *kernel;
-}
-
-std::vector<int64_t> size_of(const Tensor& t) {
-  std::vector<int64_t> size;
-  for (int64_t d = 0; d < t.dim(); ++d) size.push_back(t.size(d));
-  return size;
 }
 
 Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
@@ -36,33 +29,6 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int6
                   "stride, dilation: expected positive numbers; padding: numbers that are not negative");
   STD_TORCH_CHECK(set_output_size(s), "input: ", s.height, " x ", s.width, " with its padding is smaller than the kernel");
   return s;
-}
-
-template <class T>
-PixelMap<T> pixel_map(const Tensor& t) {
-  T* pointer;
-  if constexpr (std::is_const_v<T>)
-    pointer = data<std::remove_const_t<T>>(t);
-  else
-    pointer = mutable_data<T>(t);
-  return {pointer, t.stride(0), t.stride(2), t.stride(3)};
-}
-
-// Channels side by side: as it is where pixels have any stride, else copied.
-Tensor with_channels_last(const Tensor& t) {
-  const bool fits = (t.stride(1) == 1 || t.size(1) == 1) && t.stride(3) >= t.size(1);
-  return fits ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-}
-
-Activation activation_of(const std::string& name) {
-  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu"};
-  for (int i = 0; i < 9; ++i)
-    if (name == names[i]) return Activation(i);
-  STD_TORCH_CHECK(false, "activation: \"", name, "\" is unknown");
-}
-
-void check_float(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32");
 }
 
 Tensor conv2d_prepare_cpu(const Tensor& weight, int64_t groups, const std::vector<int64_t>& stride,
@@ -103,20 +69,7 @@ Tensor conv2d_cpu(const Tensor& input_any, const Tensor& weight, const std::opti
   const Tensor input = with_channels_last(input_any);
   Tensor output = empty_cpu({shape.images, shape.out_channels, shape.out_height, shape.out_width}, ScalarType::Float,
                             MemoryFormat::ChannelsLast);
-  std::optional<Tensor> bias_kept, residual_kept;
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.out_channels, "bias: expected shape [", shape.out_channels, "]");
-    bias_kept = as_contiguous(*bias, ScalarType::Float);
-    conv.bias = data<float>(*bias_kept);
-  }
-  if (residual) {
-    check_float(*residual, "residual");
-    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == output.size(0) && residual->size(1) == output.size(1) &&
-                        residual->size(2) == output.size(2) && residual->size(3) == output.size(3),
-                    "residual: expected the shape of the output");
-    residual_kept = with_channels_last(*residual);
-    conv.residual = pixel_map<const float>(*residual_kept);
-  }
+  const Epilogue epilogue(bias, residual, output, conv);
   conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
   if (output.numel() > 0) {
     const int64_t scratch_size = kernel.scratch(shape);

@@ -60,7 +60,8 @@ Plan make_plan(const Conv2dShape& s) {
   Plan p{};
   const int64_t channels = words(s);
   p.depth = s.kernel_h * s.kernel_w * channels;
-  p.flat = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+  p.flat = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0 && (s.out_height - 1) * s.stride_h < s.height &&
+           (s.out_width - 1) * s.stride_w < s.width;
   p.in_place = p.flat && s.stride_h == 1 && s.stride_w == 1 && !s.input_norm && !kPairs;
   const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
   // Input elements for each output pixel, about.

@@ -13,28 +13,34 @@ namespace {
   Conv2dKernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                  \
                FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
 
-// Dilated ones fall into dilation x dilation ones of every dilation-th pixel.
+// Kernels of 2 elements gain less, and only where there are channels enough to pay for the transforms. Dilated ones fall into
+// dilation x dilation ones of every dilation-th pixel.
 bool is_winograd(const Conv2dShape& s) {
-  const bool phases = s.dilation_h == s.pad_h && s.dilation_w == s.pad_w;
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-         ((s.dilation_h == 1 && s.dilation_w == 1) || phases) && s.groups == 1 && !s.input_norm;
+  if (s.stride_h != 1 || s.stride_w != 1 || s.groups != 1 || s.input_norm) return false;
+  if (s.kernel_h == 3 && s.kernel_w == 3) {
+    const bool same_size = s.out_height == s.height && s.out_width == s.width;
+    const bool phases = s.dilation_h == s.pad_h && s.dilation_w == s.pad_w && same_size;
+    return (s.dilation_h == 1 && s.dilation_w == 1) || phases;
+  }
+  const bool small = (s.kernel_h == 2 || s.kernel_h == 3) && (s.kernel_w == 2 || s.kernel_w == 3);
+  return small && s.dilation_h == 1 && s.dilation_w == 1 && s.channels >= 32 && s.out_channels >= 32;
 }
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
 
-// What tiles of m x m cost, in products of one pair of channels: the arithmetic or reading the weights, whichever takes
-// longer. From memory a weight takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more cores have less
-// memory each), from the last-level cache as long as 3.
-double winograd_cost(const Conv2dShape& s, int64_t m) {
-  const int64_t elements = (m + 2) * (m + 2);
+// What tiles of patch x patch input pixels cost, in products of one pair of channels: the arithmetic or reading the weights,
+// whichever takes longer. From memory a weight takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more
+// cores have less memory each), from the last-level cache as long as 3.
+double winograd_cost(const Conv2dShape& s, int64_t patch) {
+  const int64_t elements = patch * patch, tile_h = patch + 1 - s.kernel_h, tile_w = patch + 1 - s.kernel_w;
   const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
-  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + m - 1) / m) * ((wide + m - 1) / m);
+  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + tile_h - 1) / tile_h) * ((wide + tile_w - 1) / tile_w);
   const double products = double(tiles * elements);
   const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
   return std::max(products, double(elements) * (cached ? 3 : 12));
 }
 
-bool prefers_small_tiles(const Conv2dShape& s) { return winograd_cost(s, 2) < winograd_cost(s, 4); }
+bool prefers_small_tiles(const Conv2dShape& s) { return winograd_cost(s, 4) < winograd_cost(s, 6); }
 
 // In the order of preference: the first that serves a shape is chosen.
 const std::vector<Conv2dKernel>& kernels() {

@@ -1,14 +1,18 @@
-// 3x3 convolution with stride 1 by Winograd's F(4x4, 3x3) and F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for
-// Convolutional Neural Networks", CVPR 2016).
+// Convolution with stride 1 and kernels of 2 or 3 elements along each axis by Winograd's minimal filtering (Lavin and Gray,
+// "Fast Algorithms for Convolutional Neural Networks", CVPR 2016).
 //
-// A tile of M x M output pixels depends on (M+2) x (M+2) input pixels d. With the matrices B, G and A of the paper,
+// With R elements along an axis, a tile of M output pixels depends on P = M + R - 1 input pixels d. With the matrices B, G
+// and A of the paper,
 //     output = A^T [ (G g G^T) * (B^T d B) ] A,
-// where * multiplies element by element: for M = 4 36 products for each pair of channels instead of 144, for M = 2 16
-// instead of 36. Summed over input channels they are matrix products, one for each element e of a tile:
+// where * multiplies element by element: P^2 products for each pair of channels. B depends on P alone, so that tiles of P x P
+// input pixels serve all kernels, 3x2 as well:
+//     P = 6    F(4x4, 3x3): 36 products instead of 144    F(5x5, 2x2): 36 instead of 100
+//     P = 4    F(2x2, 3x3): 16 products instead of 36     F(3x3, 2x2): 16 instead of 36
+// Summed over input channels they are matrix products, one for each element e of a tile:
 // M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is prepared once. The points are 0, 1, -1, (2, -2) and
-// infinity; the error for M = 4 is about three times that of the direct sum.
+// infinity; the error for P = 6 is about three times that of the direct sum.
 //
-// A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (for M = 4
+// A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (for P = 6
 // 144 T C bytes), then for each panel multiplies and transforms back from M (144 T panel bytes). U of a layer (144 C K
 // bytes: 9 MB for 256 x 256) is read once for each block of tiles, from the last-level cache where it fits: T grows with U,
 // so that this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads share the work
@@ -18,7 +22,7 @@
 //
 // Arithmetic bounds it where there are tiles enough: the products are a quarter of the direct sum's, and the transforms add
 // 2 operations per element and pixel for large C. Where there are few, reading U does: 512 x 512 channels at 7x7 pixels
-// have 38 MB for M = 4 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for M = 2 (0.65 ms in all). The last
+// have 38 MB for P = 6 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for P = 4 (0.65 ms in all). The last
 // tiles of a product prefetch the next one's U.
 #include "conv2d_epilogue.h"
 #include "conv2d_tile.h"
@@ -40,25 +44,29 @@ struct Plan {
   int64_t row;                      // floats from one element of V to the next: channels, and what keeps cache sets apart
 };
 
-// Output pixels, input pixels and products of a tile, along an axis and in all.
-template <int M>
-constexpr int64_t kPatch = M + 2;
-template <int M>
-constexpr int64_t kElements = (M + 2) * (M + 2);
+// Output pixels of a tile along an axis.
+template <int P>
+FASTCV_INLINE int64_t tile_h(const Conv2dShape& s) {
+  return P + 1 - s.kernel_h;
+}
+template <int P>
+FASTCV_INLINE int64_t tile_w(const Conv2dShape& s) {
+  return P + 1 - s.kernel_w;
+}
 
 // Cycles, about: transforming the input, then for each panel reading U from the last-level cache at 32 bytes a cycle, the
 // products, and transforming back.
-template <int M>
+template <int P>
 double task_cost(const Conv2dShape& s, int64_t block, int64_t panels) {
-  const double elements = double(kElements<M>), channels = double(s.channels), tiles = double(block);
+  const double elements = double(P * P), channels = double(s.channels), tiles = double(block);
   const double u = channels * kPanel * 4 * elements / 32, product = channels * kPanelVectors * elements;
   return tiles * channels / L * 7 * elements + double(panels) * (u + tiles * (product + 28 * elements));
 }
 
-template <int M>
+template <int P>
 Plan make_plan(const Conv2dShape& s) {
   Plan p{};
-  p.tiles_y = ceil_div(ceil_div(s.out_height, s.dilation_h), M), p.tiles_x = ceil_div(ceil_div(s.out_width, s.dilation_w), M);
+  p.tiles_y = ceil_div(ceil_div(s.out_height, s.dilation_h), tile_h<P>(s)), p.tiles_x = ceil_div(ceil_div(s.out_width, s.dilation_w), tile_w<P>(s));
   p.phase_tiles = p.tiles_y * p.tiles_x;
   p.tiles = s.dilation_h * s.dilation_w * p.phase_tiles;
   p.row = ceil_div(s.channels, L) * L + L;
@@ -70,7 +78,7 @@ Plan make_plan(const Conv2dShape& s) {
     for (int64_t groups = 1; groups <= p.panels; ++groups) {
       const int64_t block = ceil_div(p.tiles, blocks), group_panels = ceil_div(p.panels, groups);
       const int64_t tasks = s.images * ceil_div(p.tiles, block) * ceil_div(p.panels, group_panels);
-      const double cost = double(ceil_div(tasks, s.threads)) * task_cost<M>(s, block, group_panels);
+      const double cost = double(ceil_div(tasks, s.threads)) * task_cost<P>(s, block, group_panels);
       if (best == 0 || cost < 0.99 * best)
         best = cost, p.block = block, p.group_panels = group_panels;
       if (tasks > 64 * s.threads) break;  // even enough
@@ -99,74 +107,88 @@ FASTCV_INLINE void transform_input(const Vec<float> (&d)[4], Vec<float>* out, in
   out[3 * step] = d[1] - d[3];
 }
 
-// A^T m for one line.
+// A^T m for one line: M outputs.
+template <int M>
 FASTCV_INLINE void transform_output(const Vec<float> (&m)[6], Vec<float>* out, int64_t step) {
   const Vec<float> a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
   out[0] = m[0] + a + c;
   out[step] = b + 2.0f * d;
   out[2 * step] = a + 4.0f * c;
-  out[3 * step] = b + 8.0f * d + m[5];
+  const Vec<float> cubes = b + 8.0f * d;
+  if constexpr (M == 5) {
+    out[3 * step] = cubes;
+    out[4 * step] = a + 16.0f * c + m[5];
+  } else {
+    out[3 * step] = cubes + m[5];
+  }
 }
+template <int M>
 FASTCV_INLINE void transform_output(const Vec<float> (&m)[4], Vec<float>* out, int64_t step) {
   out[0] = m[0] + m[1] + m[2];
-  out[step] = m[1] - m[2] - m[3];
+  if constexpr (M == 3) {
+    out[step] = m[1] - m[2];
+    out[2 * step] = m[1] + m[2] - m[3];
+  } else {
+    out[step] = m[1] - m[2] - m[3];
+  }
 }
 
 // V of one tile: [element][row].
-template <int M>
+template <int P>
 void transform_patch(const Conv2d& conv, const Plan& p, int64_t image, int64_t tile, float* v) {
   const Conv2dShape& s = conv.shape;
-  const int64_t y0 = tile / p.tiles_x * M - s.pad_h, x0 = tile % p.tiles_x * M - s.pad_w;
+  const int64_t y0 = tile / p.tiles_x * tile_h<P>(s) - s.pad_h, x0 = tile % p.tiles_x * tile_w<P>(s) - s.pad_w;
   const float* origin = conv.input.data + image * conv.input.stride_n;
-  const float* at[kElements<M>];  // null outside the map
-  for (int64_t i = 0; i < kPatch<M>; ++i)
-    for (int64_t j = 0; j < kPatch<M>; ++j) {
+  const float* at[P * P];  // null outside the map
+  for (int64_t i = 0; i < P; ++i)
+    for (int64_t j = 0; j < P; ++j) {
       const int64_t y = y0 + i, x = x0 + j;
       const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-      at[i * kPatch<M> + j] = inside ? origin + y * conv.input.stride_y + x * conv.input.stride_x : nullptr;
+      at[i * P + j] = inside ? origin + y * conv.input.stride_y + x * conv.input.stride_x : nullptr;
     }
   for (int64_t c = 0; c < s.channels; c += L) {
     const int n = int(min_of(L, s.channels - c));
-    Vec<float> half[kElements<M>];  // B^T d
-    for (int64_t j = 0; j < kPatch<M>; ++j) {
-      Vec<float> d[kPatch<M>];
-      for (int64_t i = 0; i < kPatch<M>; ++i) {
-        const float* pixel = at[i * kPatch<M> + j];
+    Vec<float> half[P * P];  // B^T d
+    for (int64_t j = 0; j < P; ++j) {
+      Vec<float> d[P];
+      for (int64_t i = 0; i < P; ++i) {
+        const float* pixel = at[i * P + j];
         d[i] = !pixel ? Vec<float>{} : n == L ? load(pixel + c) : load_first(pixel + c, n);
       }
-      transform_input(d, half + j, kPatch<M>);
+      transform_input(d, half + j, P);
     }
-    for (int64_t i = 0; i < kPatch<M>; ++i) {
-      Vec<float> d[kPatch<M>], out[kPatch<M>];
-      for (int64_t j = 0; j < kPatch<M>; ++j) d[j] = half[i * kPatch<M> + j];
+    for (int64_t i = 0; i < P; ++i) {
+      Vec<float> d[P], out[P];
+      for (int64_t j = 0; j < P; ++j) d[j] = half[i * P + j];
       transform_input(d, out, 1);
-      for (int64_t j = 0; j < kPatch<M>; ++j) store(v + (i * kPatch<M> + j) * p.row + c, out[j]);
+      for (int64_t j = 0; j < P; ++j) store(v + (i * P + j) * p.row + c, out[j]);
     }
   }
 }
 
 // The pixels of one tile from its products m, [element][vectors * L], for the channels of one panel.
-template <int M>
+template <int P, int RY, int RX>
 void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t tile, int64_t channel, int vectors,
                     const float* m) {
+  constexpr int MY = P + 1 - RY, MX = P + 1 - RX;
   const Conv2dShape& s = conv.shape;
   const Bounds bounds(conv.activation);
   const Vec<float> low = broadcast(bounds.low), high = broadcast(bounds.high);
-  const int64_t y0 = tile / p.tiles_x * M, x0 = tile % p.tiles_x * M;
-  const int64_t rows = min_of(M, s.out_height - y0), columns = min_of(M, s.out_width - x0);
+  const int64_t y0 = tile / p.tiles_x * MY, x0 = tile % p.tiles_x * MX;
+  const int64_t rows = min_of(MY, s.out_height - y0), columns = min_of(MX, s.out_width - x0);
   for (int64_t c = channel; vectors--; c += L, m += L) {
     const int n = int(min_of(L, s.out_channels - c));
-    Vec<float> half[M * kPatch<M>];  // A^T m
-    for (int64_t j = 0; j < kPatch<M>; ++j) {
-      Vec<float> line[kPatch<M>];
-      for (int64_t i = 0; i < kPatch<M>; ++i) line[i] = load(m + (i * kPatch<M> + j) * kPanel);
-      transform_output(line, half + j, kPatch<M>);
+    Vec<float> half[MY * P];  // A^T m
+    for (int64_t j = 0; j < P; ++j) {
+      Vec<float> line[P];
+      for (int64_t i = 0; i < P; ++i) line[i] = load(m + (i * P + j) * kPanel);
+      transform_output<MY>(line, half + j, P);
     }
     const Vec<float> bias = !conv.bias ? Vec<float>{} : n == L ? load(conv.bias + c) : load_first(conv.bias + c, n);
     for (int64_t i = 0; i < rows; ++i) {
-      Vec<float> line[kPatch<M>], out[M];
-      for (int64_t j = 0; j < kPatch<M>; ++j) line[j] = half[i * kPatch<M> + j];
-      transform_output(line, out, 1);
+      Vec<float> line[P], out[MX];
+      for (int64_t j = 0; j < P; ++j) line[j] = half[i * P + j];
+      transform_output<MX>(line, out, 1);
       float* output = pixel(conv.output, image, y0 + i, x0) + c;
       const float* residual = conv.residual.data ? pixel(conv.residual, image, y0 + i, x0) + c : nullptr;
       for (int64_t j = 0; j < columns; ++j) {
@@ -180,6 +202,16 @@ void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t ti
       }
     }
   }
+}
+
+// By the size of the kernel, 2 or 3.
+template <int P>
+void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t tile, int64_t channel, int vectors, const float* m) {
+  const bool high = conv.shape.kernel_h == 3, wide = conv.shape.kernel_w == 3;
+  if (high && wide) return transform_back<P, 3, 3>(conv, p, image, tile, channel, vectors, m);
+  if (high) return transform_back<P, 3, 2>(conv, p, image, tile, channel, vectors, m);
+  if (wide) return transform_back<P, 2, 3>(conv, p, image, tile, channel, vectors, m);
+  transform_back<P, 2, 2>(conv, p, image, tile, channel, vectors, m);
 }
 
 // ---- products --------------------------------------------------------------------------------------------------------
@@ -261,100 +293,113 @@ struct PhaseTile {
   }
 };
 
-template <int M>
+template <int P>
 void run_task(const Conv2d& conv, const Plan& p, int64_t image, int64_t first, int64_t last, int64_t panel, int64_t end_panel,
               float* scratch) {
   const Conv2dShape& s = conv.shape;
-  const int64_t v_step = kElements<M> * p.row, m_step = kElements<M> * kPanel;
+  const int64_t v_step = P * P * p.row, m_step = P * P * kPanel;
   float *const v = scratch, *const m = scratch + p.block * v_step;
   for (int64_t t = first; t < last; ++t) {
     const PhaseTile at(conv, p, t);
-    transform_patch<M>(at.conv, p, image, at.tile, v + (t - first) * v_step);
+    transform_patch<P>(at.conv, p, image, at.tile, v + (t - first) * v_step);
   }
   for (; panel < end_panel; ++panel) {
     const int64_t channel = panel * kPanel;
     const int vectors = int(ceil_div(min_of(kPanel, s.out_channels - channel), L));
-    const float* u = conv.weight + channel * s.channels * kElements<M>;
-    for (int64_t e = 0; e < kElements<M>; ++e, u += s.channels * vectors * L)
+    const float* u = conv.weight + channel * s.channels * P * P;
+    for (int64_t e = 0; e < P * P; ++e, u += s.channels * vectors * L)
       multiply_vectors(vectors, last - first, v + e * p.row, v_step, s.channels, u, m + e * kPanel, m_step);
     for (int64_t t = first; t < last; ++t) {
       const PhaseTile at(conv, p, t);
-      transform_back<M>(at.conv, p, image, at.tile, channel, vectors, m + (t - first) * m_step);
+      transform_back<P>(at.conv, p, image, at.tile, channel, vectors, m + (t - first) * m_step);
     }
   }
 }
 
-// G g G^T for the filters of L output channels at once, g as [9][L] and u as [elements][L].
-template <int M>
-void transform_weights(const double (&g)[9][L], double (&u)[kElements<M>][L]) {
-  constexpr double kG4[6][3] = {{1 / 4., 0, 0},           {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
-                                {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
-  constexpr double kG2[4][3] = {{1, 0, 0}, {1 / 2., 1 / 2., 1 / 2.}, {1 / 2., -1 / 2., 1 / 2.}, {0, 0, 1}};
-  const auto& G = [&]() -> const auto& {
-    if constexpr (M == 4)
-      return kG4;
-    else
-      return kG2;
-  }();
-  double half[3 * kPatch<M>][L];
-  for (int i = 0; i < kPatch<M>; ++i)
-    for (int j = 0; j < 3; ++j)
-      for (int l = 0; l < L; ++l) half[3 * i + j][l] = G[i][0] * g[j][l] + G[i][1] * g[3 + j][l] + G[i][2] * g[6 + j][l];
-  for (int i = 0; i < kPatch<M>; ++i)
-    for (int j = 0; j < kPatch<M>; ++j)
-      for (int l = 0; l < L; ++l)
-        u[i * kPatch<M> + j][l] = half[3 * i][l] * G[j][0] + half[3 * i + 1][l] * G[j][1] + half[3 * i + 2][l] * G[j][2];
+// Row i of G for a kernel of R elements.
+template <int P, int R>
+FASTCV_INLINE double weight_of(int i, int j) {
+  constexpr double kScale6[] = {1 / 4., -1 / 6., -1 / 6., 1 / 24., 1 / 24.}, kPoint6[] = {0, 1, -1, 2, -2};
+  constexpr double kScale4[] = {1, 1 / 2., 1 / 2.}, kPoint4[] = {0, 1, -1};
+  if (i == P - 1) return j == R - 1;  // at infinity
+  double power = P == 6 ? kScale6[i] : kScale4[i];
+  for (int n = 0; n < j; ++n) power *= P == 6 ? kPoint6[i] : kPoint4[i];
+  return power;
 }
 
-template <int M>
-void prepare(const Conv2dShape& s, const float* weight, float* prepared) {
+// G g G^T for the filters of L output channels at once, g as [RY * RX][L] and u as [P * P][L].
+template <int P, int RY, int RX>
+void transform_weights(const double (&g)[9][L], double (&u)[P * P][L]) {
+  double half[P * RX][L] = {};
+  for (int i = 0; i < P; ++i)
+    for (int y = 0; y < RY; ++y)
+      for (int x = 0; x < RX; ++x)
+        for (int l = 0; l < L; ++l) half[RX * i + x][l] += weight_of<P, RY>(i, y) * g[RX * y + x][l];
+  memset(u, 0, sizeof u);
+  for (int i = 0; i < P; ++i)
+    for (int j = 0; j < P; ++j)
+      for (int x = 0; x < RX; ++x)
+        for (int l = 0; l < L; ++l) u[i * P + j][l] += half[RX * i + x][l] * weight_of<P, RX>(j, x);
+}
+
+template <int P, int RY, int RX>
+void prepare_size(const Conv2dShape& s, const float* weight, float* prepared) {
   for (int64_t k0 = 0; k0 < s.out_channels; k0 += kPanel) {
     const int64_t columns = ceil_div(min_of(kPanel, s.out_channels - k0), L) * L;
     for (int64_t c = 0; c < s.channels; ++c)
       for (int64_t k = 0; k < columns; k += L) {
-        double g[9][L] = {}, u[kElements<M>][L];
+        double g[9][L] = {}, u[P * P][L];
         for (int64_t l = 0; l < min_of(L, s.out_channels - k0 - k); ++l)
-          for (int64_t i = 0; i < 9; ++i) g[i][l] = weight[((k0 + k + l) * s.channels + c) * 9 + i];
-        transform_weights<M>(g, u);
-        for (int64_t e = 0; e < kElements<M>; ++e)
+          for (int64_t i = 0; i < RY * RX; ++i) g[i][l] = weight[((k0 + k + l) * s.channels + c) * RY * RX + i];
+        transform_weights<P, RY, RX>(g, u);
+        for (int64_t e = 0; e < P * P; ++e)
           for (int64_t l = 0; l < L; ++l) prepared[(e * s.channels + c) * columns + k + l] = float(u[e][l]);
       }
-    prepared += kElements<M> * s.channels * columns;
+    prepared += P * P * s.channels * columns;
   }
 }
 
-template <int M>
+template <int P>
+void prepare(const Conv2dShape& s, const float* weight, float* prepared) {
+  const bool high = s.kernel_h == 3, wide = s.kernel_w == 3;
+  if (high && wide) return prepare_size<P, 3, 3>(s, weight, prepared);
+  if (high) return prepare_size<P, 3, 2>(s, weight, prepared);
+  if (wide) return prepare_size<P, 2, 3>(s, weight, prepared);
+  prepare_size<P, 2, 2>(s, weight, prepared);
+}
+
+template <int P>
 int64_t count_tasks(const Conv2dShape& s) {
-  const Plan p = make_plan<M>(s);
+  const Plan p = make_plan<P>(s);
   return s.images * p.blocks * p.panel_groups;
 }
 
-template <int M>
+template <int P>
 int64_t scratch_size(const Conv2dShape& s) {
-  const Plan p = make_plan<M>(s);
-  return p.block * kElements<M> * (p.row + kPanel);
+  const Plan p = make_plan<P>(s);
+  return p.block * P * P * (p.row + kPanel);
 }
 
-template <int M>
+template <int P>
 void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
-  const Plan p = make_plan<M>(conv.shape);
+  const Plan p = make_plan<P>(conv.shape);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = i % p.panel_groups, block = i / p.panel_groups % p.blocks, image = i / p.panel_groups / p.blocks;
-    run_task<M>(conv, p, image, block * p.block, min_of(p.tiles, (block + 1) * p.block), group * p.group_panels,
+    run_task<P>(conv, p, image, block * p.block, min_of(p.tiles, (block + 1) * p.block), group * p.group_panels,
                 min_of(p.panels, (group + 1) * p.group_panels), scratch);
   }
 }
 
 }  // namespace
 
-#define FASTCV_WINOGRAD(name, M)                                                                                          \
-  int64_t name##_weights(const Conv2dShape& s) { return kElements<M> * s.channels * ceil_div(s.out_channels, L) * L; }     \
-  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { prepare<M>(s, weight, prepared); }     \
-  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<M>(s); }                                                 \
-  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<M>(s); }                                              \
-  void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<M>(conv, begin, end, scratch); }
+#define FASTCV_WINOGRAD(name, P)                                                                                          \
+  int64_t name##_weights(const Conv2dShape& s) { return P * P * s.channels * ceil_div(s.out_channels, L) * L; }     \
+  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { prepare<P>(s, weight, prepared); }     \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<P>(s); }                                                 \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<P>(s); }                                              \
+  void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<P>(conv, begin, end, scratch); }
 
-FASTCV_WINOGRAD(conv2d_winograd, 4)
-FASTCV_WINOGRAD(conv2d_winograd_2x2, 2)
+FASTCV_WINOGRAD(conv2d_winograd, 6)
+FASTCV_WINOGRAD(conv2d_winograd_2x2, 4)
 
 }  // namespace fastcv::FASTCV_ISA

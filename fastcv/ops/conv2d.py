@@ -12,6 +12,7 @@ changed: an optimiser's step or ``load_state_dict`` is noticed (by ``Tensor._ver
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -159,18 +160,25 @@ _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kernel: str) -> Tensor:
     """``weight`` laid out for ``kernel``, from the cache where it was not changed since."""
+
+    def prepare(weight: Tensor) -> Tensor:
+        return torch.ops.fastcv.conv2d_prepare(weight, groups, stride, padding, dilation, kernel)
+
+    return kept_layout(weight, (kernel, groups), prepare)
+
+
+def kept_layout(weight: Tensor, name: tuple, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    """``prepare(weight)``, kept under ``name`` while the weight lives and is not changed."""
     if weight.is_inference():  # counts no changes
-        return torch.ops.fastcv.conv2d_prepare(weight.detach(), groups, stride, padding, dilation, kernel)
+        return prepare(weight.detach())
     key = (weight._version, weight.data_ptr())
     kept = _prepared.get(weight)
     if kept is None or kept[0] != key:
         kept = _prepared[weight] = (key, {})
     layouts = kept[1]
-    if (kernel, groups) not in layouts:
-        layouts[kernel, groups] = torch.ops.fastcv.conv2d_prepare(
-            weight.detach(), groups, stride, padding, dilation, kernel
-        )
-    return layouts[kernel, groups]
+    if name not in layouts:
+        layouts[name] = prepare(weight.detach())
+    return layouts[name]
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
@@ -195,7 +203,7 @@ def _(weight, groups, stride, padding, dilation, kernel):
 # ---- derivatives ---------------------------------------------------------------------------------
 
 
-def _slope_of(activation: str, x: Tensor, slope: float) -> Tensor | float:
+def slope_of(activation: str, x: Tensor, slope: float) -> Tensor | float:
     """The derivative of an activation, of operators that have derivatives themselves."""
     if activation == "none":
         return 1.0
@@ -232,7 +240,7 @@ def _backward(ctx, grad):
     groups, stride, padding, dilation = ctx.geometry
     needs = ctx.needs_input_grad
     if ctx.activation != "none":
-        grad = grad * _slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
+        grad = grad * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
     mask = [needs[0], needs[1], bias is not None and needs[2]]
     sizes = None if bias is None else list(bias.shape)
     gradients = torch.ops.aten.convolution_backward(
@@ -256,7 +264,7 @@ def _jvp(ctx, *tangents):
         terms.append(conv(input, d_weight))
     if d_bias is not None:
         terms.append(d_bias[:, None, None].expand_as(conv(input, weight)))
-    return sum(terms[1:], terms[0]) * _slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
+    return sum(terms[1:], terms[0]) * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
 
 
 register_autograd("conv2d", setup_context=_setup, backward=_backward, jvp=_jvp)

@@ -1,6 +1,7 @@
 """Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
 
 from . import conv2d as conv2d
+from . import conv_transpose2d as conv_transpose2d
 from . import deform_conv2d as deform_conv2d
 from . import matrix_nms as matrix_nms
 from . import nms as nms

@@ -1,0 +1,65 @@
+// What the shells of convolutions share: tensors as maps of pixels, and what comes after the sums.
+#pragma once
+
+#include <string>
+
+#include "../common/stable.h"
+#include "conv2d.h"
+
+namespace fastcv {
+
+inline std::vector<int64_t> size_of(const Tensor& t) {
+  std::vector<int64_t> size;
+  for (int64_t d = 0; d < t.dim(); ++d) size.push_back(t.size(d));
+  return size;
+}
+
+template <class T>
+PixelMap<T> pixel_map(const Tensor& t) {
+  T* pointer;
+  if constexpr (std::is_const_v<T>)
+    pointer = data<std::remove_const_t<T>>(t);
+  else
+    pointer = mutable_data<T>(t);
+  return {pointer, t.stride(0), t.stride(2), t.stride(3)};
+}
+
+// Channels side by side: as it is where pixels have any stride, else copied.
+inline Tensor with_channels_last(const Tensor& t) {
+  const bool fits = (t.stride(1) == 1 || t.size(1) == 1) && t.stride(3) >= t.size(1);
+  return fits ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
+inline Activation activation_of(const std::string& name) {
+  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu"};
+  for (int i = 0; i < 9; ++i)
+    if (name == names[i]) return Activation(i);
+  STD_TORCH_CHECK(false, "activation: \"", name, "\" is unknown");
+}
+
+inline void check_float(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32");
+}
+
+// Bias and residual of a convolution, checked, and kept while it runs.
+struct Epilogue {
+  std::optional<Tensor> bias, residual;
+
+  Epilogue(const std::optional<Tensor>& bias_any, const std::optional<Tensor>& residual_any, const Tensor& output, Conv2d& conv) {
+    if (bias_any) {
+      STD_TORCH_CHECK(bias_any->dim() == 1 && bias_any->size(0) == output.size(1), "bias: expected shape [", output.size(1), "]");
+      bias = as_contiguous(*bias_any, ScalarType::Float);
+      conv.bias = data<float>(*bias);
+    }
+    if (residual_any) {
+      check_float(*residual_any, "residual");
+      STD_TORCH_CHECK(residual_any->dim() == 4 && residual_any->size(0) == output.size(0) && residual_any->size(1) == output.size(1) &&
+                          residual_any->size(2) == output.size(2) && residual_any->size(3) == output.size(3),
+                      "residual: expected the shape of the output");
+      residual = with_channels_last(*residual_any);
+      conv.residual = pixel_map<const float>(*residual);
+    }
+  }
+};
+
+}  // namespace fastcv

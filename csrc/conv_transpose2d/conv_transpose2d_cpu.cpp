@@ -1,0 +1,101 @@
+// Tensor shells of conv_transpose2d: checks, memory formats, threads.
+#include "conv_transpose2d_plan.h"
+
+#include "../common/stable.h"
+#include "../conv2d/conv2d_tensors.h"
+
+namespace fastcv {
+namespace {
+
+struct Geometry {
+  const std::vector<int64_t>&stride, &padding, &output_padding, &dilation;
+  int64_t groups;
+};
+
+Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, const Geometry& g) {
+  STD_TORCH_CHECK(input.size() == 4 && weight.dim() == 4, "input, weight: expected shapes [N, C, H, W] and [C, K / groups, KH, KW]");
+  for (const std::vector<int64_t>* pair : {&g.stride, &g.padding, &g.output_padding, &g.dilation})
+    STD_TORCH_CHECK(pair->size() == 2, "stride, padding, output_padding, dilation: expected two numbers each");
+  Conv2dShape s{};
+  s.threads = torch::stable::get_num_threads();
+  s.images = input[0], s.channels = input[1], s.height = input[2], s.width = input[3];
+  s.out_channels = weight.size(1) * g.groups, s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
+  s.stride_h = g.stride[0], s.stride_w = g.stride[1], s.pad_h = g.padding[0], s.pad_w = g.padding[1];
+  s.dilation_h = g.dilation[0], s.dilation_w = g.dilation[1], s.groups = g.groups;
+  STD_TORCH_CHECK(g.groups > 0 && s.channels > 0 && s.channels == weight.size(0) && s.channels % g.groups == 0 && s.out_channels > 0 &&
+                      s.kernel_h > 0 && s.kernel_w > 0,
+                  "weight: expected [", s.channels, ", K / groups, KH, KW] with ", s.channels, " a multiple of groups (", g.groups, ")");
+  STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.pad_h >= 0 && s.pad_w >= 0 &&
+                      g.output_padding[0] >= 0 && g.output_padding[1] >= 0,
+                  "stride, dilation: expected positive numbers; padding, output_padding: numbers that are not negative");
+  s.out_height = (s.height - 1) * s.stride_h - 2 * s.pad_h + s.dilation_h * (s.kernel_h - 1) + 1 + g.output_padding[0];
+  s.out_width = (s.width - 1) * s.stride_w - 2 * s.pad_w + s.dilation_w * (s.kernel_w - 1) + 1 + g.output_padding[1];
+  STD_TORCH_CHECK(s.height > 0 && s.width > 0 && s.out_height > 0 && s.out_width > 0, "input: ", s.height, " x ", s.width,
+                  " with this padding has an empty output (", s.out_height, " x ", s.out_width, ")");
+  return s;
+}
+
+TransposedKernel kernel_for(const std::string& name, const Conv2dShape& shape) {
+  const TransposedKernel kernel = conv_transpose2d_kernel(name, shape);
+  STD_TORCH_CHECK(kernel != TransposedKernel::torch, "kernel: \"", name, "\" does not serve this convolution, or does not exist");
+  return kernel;
+}
+
+Tensor prepare(const ConvTranspose2dPlan& plan, const Tensor& weight) {
+  const Tensor contiguous = as_contiguous(weight, ScalarType::Float);
+  Tensor prepared = empty_cpu({plan.weights()}, ScalarType::Float);
+  plan.prepare(data<float>(contiguous), mutable_data<float>(prepared));
+  return prepared;
+}
+
+Tensor conv_transpose2d_prepare_cpu(const Tensor& input, const Tensor& weight, int64_t groups, const std::vector<int64_t>& stride,
+                                    const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
+                                    const std::vector<int64_t>& dilation, const std::string& kernel_name) {
+  check_float(weight, "weight");
+  const Conv2dShape shape = make_shape(size_of(input), weight, {stride, padding, output_padding, dilation, groups});
+  return prepare(ConvTranspose2dPlan(shape, kernel_for(kernel_name, shape)), weight);
+}
+
+Tensor conv_transpose2d_cpu(const Tensor& input_any, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const std::optional<Tensor>& residual, const std::optional<Tensor>& prepared_or_none, int64_t groups,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& output_padding, const std::vector<int64_t>& dilation,
+                            const std::string& activation, double slope, const std::string& kernel_name) {
+  check_float(input_any, "input"), check_float(weight, "weight");
+  const Conv2dShape shape = make_shape(size_of(input_any), weight, {stride, padding, output_padding, dilation, groups});
+  const ConvTranspose2dPlan plan(shape, kernel_for(kernel_name, shape));
+  const Tensor prepared = prepared_or_none ? *prepared_or_none : prepare(plan, weight);
+  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Float && prepared.is_contiguous() && prepared.numel() == plan.weights(),
+                  "prepared: expected what conv_transpose2d_prepare gives for the same weight and kernel");
+  const Tensor input = with_channels_last(input_any);
+  Tensor output = empty_cpu({shape.images, shape.out_channels, shape.out_height, shape.out_width}, ScalarType::Float,
+                            MemoryFormat::ChannelsLast);
+  Conv2d conv{};
+  conv.shape = shape, conv.weight = data<float>(prepared);
+  conv.activation = activation_of(activation), conv.slope = float(slope);
+  conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
+  const Epilogue epilogue(bias, residual, output, conv);
+  const size_t scratch_size = size_t(plan.scratch());
+  parallel_dynamic(plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    const Scratch<float> scratch = allocate_scratch<float>(scratch_size);
+    plan.run(conv, begin, end, scratch.get());
+  });
+  return is_channels_last(input_any) ? output : torch::stable::contiguous(output);
+}
+
+// Number of the kernel that "auto" stands for, as fastcv.ops.conv_transpose2d.KERNELS counts them.
+int64_t conv_transpose2d_kernel_cpu(const Tensor& input, const Tensor& weight, int64_t groups, const std::vector<int64_t>& stride,
+                                    const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
+                                    const std::vector<int64_t>& dilation) {
+  const Conv2dShape shape = make_shape(size_of(input), weight, {stride, padding, output_padding, dilation, groups});
+  return int64_t(conv_transpose2d_kernel("auto", shape));
+}
+
+}  // namespace
+}  // namespace fastcv
+
+STABLE_TORCH_LIBRARY_IMPL(fastcv, CPU, m) {
+  m.impl("conv_transpose2d", TORCH_BOX(&fastcv::conv_transpose2d_cpu));
+  m.impl("conv_transpose2d_kernel", TORCH_BOX(&fastcv::conv_transpose2d_kernel_cpu));
+  m.impl("conv_transpose2d_prepare", TORCH_BOX(&fastcv::conv_transpose2d_prepare_cpu));
+}

@@ -1,0 +1,245 @@
+#include "conv_transpose2d_plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace fastcv {
+namespace {
+
+// Phases of one axis with the taps that each has; neighbours that read the same input are joined where `join` is set.
+std::vector<PhaseRun> phase_runs(int64_t kernel, int64_t stride, int64_t dilation, bool join) {
+  const int64_t common = std::gcd(stride, dilation);
+  std::vector<PhaseRun> runs;
+  for (int64_t r = 0; r < stride; ++r) {
+    PhaseRun run{r, 1, 0, 0, dilation / common, 0, stride / common};
+    for (int64_t k = 0; k < std::min(kernel, run.kernel_step) && run.taps == 0; ++k)
+      if (k * dilation % stride == r) {
+        run.taps = (kernel - 1 - k) / run.kernel_step + 1;
+        run.base = (r - k * dilation) / stride;  // a whole number, zero or negative
+        run.kernel = k;
+      }
+    if (!runs.empty() && join) {
+      PhaseRun& last = runs.back();
+      const bool follows = run.kernel == last.kernel + last.count && run.base == last.base;
+      if (last.taps == run.taps && (run.taps == 0 || follows)) {
+        ++last.count;
+        continue;
+      }
+    }
+    runs.push_back(run);
+  }
+  return runs;
+}
+
+bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
+
+bool is_plain(const Conv2dShape& s) { return s.stride_h == 1 && s.stride_w == 1; }
+
+// Along one axis: the convolution of a phase, with the pad that puts its first output where it belongs.
+struct Axis {
+  int64_t size, out, kernel, pad, dilation, skip, output;
+
+  Axis(const PhaseRun& run, int64_t stride, int64_t pad_all, int64_t in, int64_t out_all) {
+    const BlockRange q(run.first, 1, stride, pad_all, out_all);
+    size = in, out = q.end - q.begin, kernel = run.taps, dilation = run.step, skip = 0;
+    pad = (run.taps - 1) * run.step - run.base - q.begin;
+    output = stride * q.begin + run.first - pad_all;
+    if (run.taps == 1 && pad <= 0 && out <= in + pad) skip = -pad, size = out, pad = 0;  // reads just these pixels
+    if (run.taps == 1) dilation = 1;
+  }
+};
+
+// The convolution of one phase, without threads and skips.
+Conv2dShape phase_shape(const Conv2dShape& s, const Axis& y, const Axis& x) {
+  Conv2dShape p{};
+  p.images = s.images, p.channels = s.channels, p.out_channels = s.out_channels, p.groups = s.groups, p.threads = s.threads;
+  p.height = y.size, p.width = x.size, p.out_height = y.out, p.out_width = x.out;
+  p.kernel_h = y.kernel, p.kernel_w = x.kernel, p.pad_h = y.pad, p.pad_w = x.pad;
+  p.dilation_h = y.dilation, p.dilation_w = x.dilation, p.stride_h = p.stride_w = 1;
+  return p;
+}
+
+const Conv2dKernel* phase_kernel(const char* name, const Conv2dShape& shape) {
+  const Conv2dKernel* kernel = conv2d_kernel(name, shape);
+  return kernel ? kernel : conv2d_kernel("gemm", shape);
+}
+
+const char* const kNames[] = {"gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "merged", "bf16", "pixel"};
+
+constexpr int64_t kLanes = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Multiply-adds of vectors, of all phases one by one and of phases joined, with what storing a vector takes.
+double separate_cost(const Conv2dShape& s) {
+  double cost = 0;
+  for (const PhaseRun& y : phase_runs(s.kernel_h, s.stride_h, s.dilation_h, false))
+    for (const PhaseRun& x : phase_runs(s.kernel_w, s.stride_w, s.dilation_w, false))
+      cost += double(s.groups) * (double(y.taps * x.taps * s.group_channels() + 4) * double(ceil_div(s.group_outputs(), kLanes)) +
+                                  double(s.group_channels()) / 4);
+  return cost;
+}
+
+double merged_cost(const Conv2dShape& s) {
+  double cost = 0;
+  for (const PhaseRun& y : phase_runs(s.kernel_h, s.stride_h, s.dilation_h, true))
+    for (const PhaseRun& x : phase_runs(s.kernel_w, s.stride_w, s.dilation_w, true)) {
+      const int64_t segments = y.count * (s.groups == 1 ? 1 : x.count), columns = y.count * x.count * s.group_outputs();
+      cost += double(s.groups) * (double(y.taps * x.taps * s.group_channels() + 4) * double(ceil_div(columns, kLanes)) +
+                                  double(4 * segments) + double(s.group_channels()) / 4);
+    }
+  return cost;
+}
+
+TransposedKernel number_of(const std::string& name) {
+  for (int64_t i = 0; i < int64_t(std::size(kNames)); ++i)
+    if (name == kNames[i]) return TransposedKernel(i);
+  return TransposedKernel::gemm;
+}
+
+// What conv2d chooses for the phase with the most taps.
+TransposedKernel kernel_of_largest_phase(const Conv2dShape& s, Precision precision) {
+  const auto largest = [](const std::vector<PhaseRun>& runs) {
+    return *std::max_element(runs.begin(), runs.end(), [](const PhaseRun& a, const PhaseRun& b) { return a.taps < b.taps; });
+  };
+  const PhaseRun y = largest(phase_runs(s.kernel_h, s.stride_h, s.dilation_h, false));
+  const PhaseRun x = largest(phase_runs(s.kernel_w, s.stride_w, s.dilation_w, false));
+  const Conv2dShape phase = phase_shape(s, Axis(y, s.stride_h, s.pad_h, s.height, s.out_height), Axis(x, s.stride_w, s.pad_w, s.width, s.out_width));
+  const Conv2dKernel* kernel = conv2d_kernel("auto", phase, precision);
+  return number_of(kernel ? kernel->name : "gemm");
+}
+
+}  // namespace
+
+TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dShape& s, Precision precision) {
+  const bool one_pixel = s.height == 1 && s.width == 1;
+  if (name != "auto") {
+    const TransposedKernel kernel = number_of(name);
+    const bool serves = kernel == TransposedKernel::pixel       ? one_pixel && s.groups == 1
+                        : kernel == TransposedKernel::depthwise ? is_depthwise(s)
+                                                                : name == kNames[size_t(kernel)];
+    return serves ? kernel : TransposedKernel::torch;
+  }
+  if (is_depthwise(s)) return TransposedKernel::depthwise;
+  if (one_pixel && s.groups == 1) return TransposedKernel::pixel;
+  if (is_plain(s)) return kernel_of_largest_phase(s, precision);
+  if (merged_cost(s) < 0.9 * separate_cost(s)) return TransposedKernel::merged;
+  return kernel_of_largest_phase(s, precision);
+}
+
+ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel) : shape_(shape) {
+  Conv2dShape& s = shape_;
+  const bool pixel = kernel == TransposedKernel::pixel;
+  const bool joins = kernel == TransposedKernel::merged || (kernel == TransposedKernel::depthwise && !is_plain(s));
+  if (pixel) s.stride_h = s.dilation_h * (s.kernel_h - 1) + 1, s.stride_w = s.dilation_w * (s.kernel_w - 1) + 1;
+  for (const PhaseRun& y : phase_runs(s.kernel_h, s.stride_h, s.dilation_h, joins))
+    for (const PhaseRun& x : phase_runs(s.kernel_w, s.stride_w, s.dilation_w, joins)) {
+      const PhaseRuns runs{y, x};
+      const bool bias_only = y.taps == 0 || x.taps == 0;
+      if (kernel == TransposedKernel::merged || bias_only) {
+        Part part{Kind::merged, runs};
+        part.tasks = FASTCV_PICK(conv_transpose2d_merged_tasks)(s, runs);
+        add(part, FASTCV_PICK(conv_transpose2d_merged_weights)(s, runs), FASTCV_PICK(conv_transpose2d_merged_scratch)(s, runs));
+      } else if (joins) {
+        Part part{Kind::depthwise, runs};
+        part.tasks = FASTCV_PICK(conv_transpose2d_depthwise_tasks)(s, runs);
+        add(part, FASTCV_PICK(conv_transpose2d_depthwise_weights)(s, runs), FASTCV_PICK(conv_transpose2d_depthwise_scratch)(s, runs));
+      } else {
+        add_phase(runs, kernel);
+      }
+    }
+  for (Part& part : parts_) {
+    part.first = tasks_;
+    tasks_ += part.tasks;
+    even_ &= part.tasks == parts_.front().tasks;
+  }
+}
+
+void ConvTranspose2dPlan::add_phase(const PhaseRuns& runs, TransposedKernel kernel) {
+  const Conv2dShape& s = shape_;
+  const Axis y(runs.y, s.stride_h, s.pad_h, s.height, s.out_height), x(runs.x, s.stride_w, s.pad_w, s.width, s.out_width);
+  Part part{Kind::phase, runs};
+  part.shape = phase_shape(s, y, x);
+  part.one_image = kernel == TransposedKernel::pixel && y.out == 1 && x.out == 1;
+  if (part.one_image) part.shape.images = 1, part.shape.width = part.shape.out_width = s.images;
+  part.kernel = phase_kernel(kernel == TransposedKernel::pixel ? "gemm" : kNames[size_t(kernel)], part.shape);
+  part.skip_y = y.skip, part.skip_x = x.skip, part.output_y = y.output, part.output_x = x.output;
+  if (s.images > 0 && y.out > 0 && x.out > 0) part.tasks = part.kernel->tasks(part.shape);
+  add(part, part.kernel->weights(part.shape), part.tasks > 0 ? part.kernel->scratch(part.shape) : 0);
+}
+
+void ConvTranspose2dPlan::add(Part part, int64_t weights, int64_t scratch) {
+  part.weight = weights_;
+  weights_ += ceil_div(weights, kLanes) * kLanes;
+  scratch_ = std::max(scratch_, scratch);
+  parts_.push_back(part);
+}
+
+// [K, C / groups, taps, taps] of a phase, in the order of the input, for its kernel.
+void ConvTranspose2dPlan::prepare_phase(const Part& part, const float* weight, float* prepared) const {
+  const Conv2dShape& s = shape_;
+  const int64_t channels = s.group_channels(), outputs = s.group_outputs(), taps_y = part.runs.y.taps, taps_x = part.runs.x.taps;
+  std::vector<float> of_phase(size_t(s.out_channels * channels * taps_y * taps_x));
+  float* to = of_phase.data();
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t k = 0; k < outputs; ++k)
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* from = weight + ((g * channels + c) * outputs + k) * s.kernel_h * s.kernel_w;
+        for (int64_t ty = taps_y; ty-- > 0;)
+          for (int64_t tx = taps_x; tx-- > 0;)
+            *to++ = from[(part.runs.y.kernel + ty * part.runs.y.kernel_step) * s.kernel_w + part.runs.x.kernel + tx * part.runs.x.kernel_step];
+      }
+  part.kernel->prepare(part.shape, of_phase.data(), prepared);
+}
+
+void ConvTranspose2dPlan::prepare(const float* weight, float* prepared) const {
+  for (const Part& part : parts_) {
+    float* const to = prepared + part.weight;
+    switch (part.kind) {
+      case Kind::phase: prepare_phase(part, weight, to); break;
+      case Kind::merged: FASTCV_PICK(conv_transpose2d_merged_prepare)(shape_, part.runs, weight, to); break;
+      case Kind::depthwise: FASTCV_PICK(conv_transpose2d_depthwise_prepare)(shape_, part.runs, weight, to); break;
+    }
+  }
+}
+
+// The phase as the convolution that it is: its outputs lie `stride` pixels apart.
+Conv2d ConvTranspose2dPlan::phase_of(const Conv2d& conv, const Part& part) const {
+  Conv2d phase = conv;
+  phase.shape = part.shape;
+  phase.weight = conv.weight + part.weight;
+  phase.input.data += part.skip_y * conv.input.stride_y + part.skip_x * conv.input.stride_x;
+  if (part.one_image) phase.input.stride_x = conv.input.stride_n;
+  const auto every = [&](auto& map) {
+    if (map.data) map.data += part.output_y * map.stride_y + part.output_x * map.stride_x;
+    map.stride_y *= shape_.stride_h, map.stride_x *= shape_.stride_w;
+    if (part.one_image) map.stride_x = map.stride_n;
+  };
+  every(phase.output), every(phase.residual);
+  return phase;
+}
+
+// Tasks of phases take turns, so that threads write to the same lines and pages at about the same time.
+void ConvTranspose2dPlan::run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) const {
+  const int64_t parts = int64_t(parts_.size());
+  for (int64_t i = begin; i < end; ++i) {
+    const Part* part;
+    int64_t task;
+    if (even_) {
+      part = &parts_[size_t(i % parts)], task = i / parts;
+    } else {
+      part = &*std::prev(std::upper_bound(parts_.begin(), parts_.end(), i, [](int64_t n, const Part& p) { return n < p.first; }));
+      task = i - part->first;
+    }
+    if (part->kind == Kind::phase) {
+      part->kernel->run(phase_of(conv, *part), task, task + 1, scratch);
+      continue;
+    }
+    Conv2d whole = conv;
+    whole.shape = shape_, whole.weight = conv.weight + part->weight;
+    const auto run = part->kind == Kind::merged ? FASTCV_PICK(conv_transpose2d_merged) : FASTCV_PICK(conv_transpose2d_depthwise);
+    run(whole, part->runs, task, task + 1, scratch);
+  }
+}
+
+}  // namespace fastcv

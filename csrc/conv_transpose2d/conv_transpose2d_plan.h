@@ -1,0 +1,55 @@
+// How a transposed convolution is divided into phases, and which kernel computes them.
+#pragma once
+
+#include <vector>
+
+#include "../conv2d/conv2d_kernels.h"
+#include "conv_transpose2d.h"
+
+namespace fastcv {
+
+// Numbers are those of fastcv.ops.conv_transpose2d.KERNELS. Names of conv2d's kernels: each phase by it where it serves, by
+// gemm elsewhere.
+enum class TransposedKernel : int64_t { gemm, winograd, depthwise, grouped, torch, winograd_2x2, merged, bf16, pixel };
+
+// The named one, or for "auto" the one that is fastest; torch where none serves.
+TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dShape& shape,
+                                         Precision precision = Precision::standard);
+
+class ConvTranspose2dPlan {
+ public:
+  ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel);
+
+  // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone.
+  int64_t weights() const { return weights_; }
+  void prepare(const float* weight, float* prepared) const;
+  int64_t tasks() const { return tasks_; }
+  int64_t scratch() const { return scratch_; }
+  void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) const;
+
+ private:
+  enum class Kind { phase, merged, depthwise };
+  struct Part {
+    Kind kind;
+    PhaseRuns runs;
+    int64_t weight = 0;                    // where its weights begin
+    int64_t tasks = 0, first = 0;          // first: of its tasks
+    const Conv2dKernel* kernel = nullptr;  // of a phase
+    Conv2dShape shape{};                   // the convolution that a phase is
+    bool one_image = false;                // of images of one pixel, which are the pixels of one
+    int64_t skip_y = 0, skip_x = 0;        // input pixels before those that it reads
+    int64_t output_y = 0, output_x = 0;    // its first output
+  };
+
+  void add_phase(const PhaseRuns& runs, TransposedKernel kernel);
+  void add(Part part, int64_t weights, int64_t scratch);
+  Conv2d phase_of(const Conv2d& conv, const Part& part) const;
+  void prepare_phase(const Part& part, const float* weight, float* prepared) const;
+
+  Conv2dShape shape_;
+  std::vector<Part> parts_;
+  bool even_ = true;  // all parts have as many tasks
+  int64_t weights_ = 0, tasks_ = 0, scratch_ = 0;
+};
+
+}  // namespace fastcv

@@ -1,0 +1,231 @@
+"""Transposed convolution with a fused epilogue: :func:`conv_transpose2d`.
+
+In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
+Other types and devices run on torch's transposed convolution, followed by the epilogue; so do weights that are being
+trained. What :mod:`fastcv.ops.conv2d` says of prepared weights holds here too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from .._library import LIBRARY, define, implementation
+from ._autograd import needs_derivatives, register_autograd
+from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
+from .conv2d import ACTIVATIONS, conv2d, kept_layout, slope_of
+
+# In the order of TransposedKernel in csrc/conv_transpose2d/conv_transpose2d_plan.h.
+KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "merged", "bf16", "pixel")
+
+_GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt[2] dilation"
+_reference = reference.conv_transpose2d
+define(
+    "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, "
+    f"{_GEOMETRY}, str activation, float slope, str kernel) -> Tensor",
+    _reference.conv_transpose2d,
+)
+define(
+    f"conv_transpose2d_prepare(Tensor input, Tensor weight, {_GEOMETRY}, str kernel) -> Tensor",
+    _reference.conv_transpose2d_prepare,
+)
+define(f"conv_transpose2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", _reference.conv_transpose2d_kernel)
+_compiled = implementation("conv_transpose2d", "cpu") == "compiled"
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    kernel: str = "auto",
+) -> Tensor:
+    """``activation(conv_transpose(input, weight, bias) + residual)``, in one pass over the output.
+
+    The outputs of each phase (position modulo stride) are a small convolution of the input with every stride-th element
+    of the kernel, written to every stride-th pixel (sub-pixel convolution: Shi et al., CVPR 2016, section 3.1), so that
+    no zeros between pixels are multiplied and no intermediate map is made.
+
+    Args:
+        input: ``[N, C, H, W]``, contiguous or channels-last.
+        weight: ``[C, K / groups, KH, KW]``.
+        bias: ``[K]``.
+        stride, padding, output_padding, groups, dilation: as in :func:`torch.nn.functional.conv_transpose2d`.
+        residual: of the output's shape, added before the activation.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
+            ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
+        negative_slope: of ``"leaky_relu"``.
+        kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"winograd"`` or
+            ``"winograd_2x2"`` (phases of 2 or 3 taps), ``"grouped"`` (phases 3 wide, groups of few channels),
+            ``"merged"`` (phases as columns of one product), ``"depthwise"``, ``"pixel"`` (inputs of one pixel),
+            ``"bf16"`` (operands rounded to bfloat16) or ``"torch"``.
+
+    Returns:
+        ``[N, K, OH, OW]`` in the input's memory format, with
+        ``OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1``. Differentiable with respect
+        to all tensors, in both modes, twice.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape or device, or an empty output.
+        RuntimeError: a kernel that does not serve this convolution.
+
+    Example:
+        >>> import torch, fastcv
+        >>> x, w = torch.tensor([[[[2.0, 1], [4, 4]]]]), torch.tensor([[[[1.0, 4, 1], [1, 4, 3], [3, 3, 1]]]])
+        >>> fastcv.ops.conv_transpose2d(x, w)[0, 0]
+        tensor([[ 2.,  9.,  6.,  1.],
+                [ 6., 29., 30.,  7.],
+                [10., 29., 33., 13.],
+                [12., 24., 16.,  4.]])
+    """
+    check_floating("input", input)
+    check_shape("input", input, ("N", "C", "H", "W"))
+    check_floating("weight", weight)
+    check_shape("weight", weight, (input.shape[1], "K / groups", "KH", "KW"))
+    if groups < 1 or input.shape[1] % groups:
+        raise ValueError(f"groups: expected a divisor of {input.shape[1]} channels, got {groups}")
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[1] * groups,))
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None:
+            check_same_device(name, tensor, "input", input)
+    check_one_of("activation", activation, ACTIVATIONS)
+    check_one_of("kernel", kernel, ("auto", *KERNELS))
+    stride, dilation = list(pair("stride", stride)), list(pair("dilation", dilation))
+    padding = list(pair("padding", padding, minimum=0))
+    output_padding = list(pair("output_padding", output_padding, minimum=0))
+    for extra, s, d in zip(output_padding, stride, dilation, strict=True):
+        if extra >= s and extra >= d:
+            raise ValueError(f"output_padding: expected less than stride or dilation, {max(s, d)}, got {extra}")
+    geometry = (groups, stride, padding, output_padding, dilation)
+    size = _output_size(input, weight, *geometry[1:])
+    if size[0] < 1 or size[1] < 1 or input.shape[2] < 1 or input.shape[3] < 1:
+        raise ValueError(f"input: expected a size that gives an output, got {list(input.shape)} for one of {size}")
+    if not _on_kernels(input, weight, bias, residual):
+        return _reference.conv_transpose2d(
+            input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
+        )
+    rest = (*geometry, activation, negative_slope)
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, None, *rest, kernel)
+    if kernel == "auto":
+        kernel = _choose(input, weight, geometry)
+    if kernel == "torch":
+        return _reference.conv_transpose2d(input, weight, bias, residual, None, *rest, "")
+    prepared = _prepared_weight(input, weight, geometry, kernel)
+    if needs_derivatives(input, weight, bias, residual):
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, prepared, *rest, kernel)
+    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
+        return torch.ops.fastcv.conv_transpose2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+
+
+def _choose(input: Tensor, weight: Tensor, geometry) -> str:
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "torch"
+    return KERNELS[torch.ops.fastcv.conv_transpose2d_kernel(input, weight, *geometry)]
+
+
+def _on_kernels(*tensors: Tensor | None) -> bool:
+    """Whether the compiled kernels take these."""
+    given = [t for t in tensors if t is not None]
+    return _compiled and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+
+
+def _prepared_weight(input: Tensor, weight: Tensor, geometry, kernel: str) -> Tensor:
+    def prepare(weight: Tensor) -> Tensor:
+        return torch.ops.fastcv.conv_transpose2d_prepare(input.detach(), weight, *geometry, kernel)
+
+    groups, *options = geometry
+    return kept_layout(weight, ("transposed", kernel, groups, *(n for option in options for n in option)), prepare)
+
+
+def _output_size(input, weight, stride, padding, output_padding, dilation) -> list[int]:
+    options = zip(input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation, strict=True)
+    return [(n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, k, s, p, extra, d in options]
+
+
+# ---- fake kernels --------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastcv::conv_transpose2d", lib=LIBRARY)
+def _(
+    input, weight, bias, residual, prepared, groups, stride, padding, output_padding, dilation,
+    activation, slope, kernel,
+):  # fmt: skip
+    memory_format = torch._prims_common.suggest_memory_format(input)
+    size = _output_size(input, weight, stride, padding, output_padding, dilation)
+    shape = (input.shape[0], weight.shape[1] * groups, *size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("fastcv::conv_transpose2d_prepare", lib=LIBRARY)
+def _(input, weight, groups, stride, padding, output_padding, dilation, kernel):
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+def _setup(ctx, inputs, output):
+    input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.slope, ctx.kernel = inputs
+    ctx.save_for_backward(input, weight, bias, residual)
+    ctx.save_for_forward(input, weight, bias, residual)
+
+
+def _before_activation(ctx):
+    if ctx.activation == "none":
+        return None
+    return torch.ops.fastcv.conv_transpose2d(*ctx.saved_tensors, None, *ctx.geometry, "none", 0.0, ctx.kernel)
+
+
+def _backward(ctx, grad):
+    input, weight, bias, _ = ctx.saved_tensors
+    groups, stride, padding, output_padding, dilation = ctx.geometry
+    needs = ctx.needs_input_grad
+    if ctx.activation != "none":
+        grad = grad * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
+    mask = [needs[0], needs[1], bias is not None and needs[2]]
+    d_input = None
+    # Weights at rest are laid out once for the convolution that the gradient of the input is.
+    if needs[0] and not needs[1] and type(weight) in (Tensor, nn.Parameter):
+        d_input = conv2d(grad, weight, None, stride, padding, dilation, groups)
+        d_input = d_input[:, :, : input.shape[2], : input.shape[3]]  # more where output_padding >= stride
+        mask[0] = False
+    gradients = [None] * 3
+    if any(mask):
+        sizes = None if bias is None else list(bias.shape)
+        gradients = torch.ops.aten.convolution_backward(
+            grad, input, weight, sizes, stride, padding, dilation, True, output_padding, groups, mask
+        )
+    gradients = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
+    return d_input if d_input is not None else gradients[0], *gradients[1:], grad if needs[3] else None, *[None] * 9
+
+
+def _jvp(ctx, *tangents):
+    input, weight, _, _ = ctx.saved_tensors
+    d_input, d_weight, d_bias, d_residual, *_ = tangents
+
+    def conv(x, w):
+        return torch.ops.fastcv.conv_transpose2d(x, w, None, None, None, *ctx.geometry, "none", 0.0, ctx.kernel)
+
+    terms = [] if d_residual is None else [d_residual]
+    if d_input is not None:
+        terms.append(conv(d_input, weight))
+    if d_weight is not None:
+        terms.append(conv(input, d_weight))
+    if d_bias is not None:
+        terms.append(d_bias[:, None, None].expand_as(conv(input, weight)))
+    return sum(terms[1:], terms[0]) * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
+
+
+register_autograd("conv_transpose2d", setup_context=_setup, backward=_backward, jvp=_jvp)
