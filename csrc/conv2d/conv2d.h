@@ -68,9 +68,11 @@ FASTCV_EACH_ISA(
     // The same with operands rounded to bfloat16.
     FASTCV_CONV2D_KERNEL(conv2d_bf16)
     // 3x3, stride 1, one group, dilation 1 or as large as the padding: 36 products instead of 144 (Lavin and Gray, CVPR 2016).
-    // Also 2x2, 2x3 and 3x2, without dilation: 36 instead of 100 or 120.
+    // Also other kernels of up to 3 elements along each axis, without dilation.
     FASTCV_CONV2D_KERNEL(conv2d_winograd)
-    // The same in tiles of 4x4 input pixels, with less than half the prepared weights: for few pixels.
+    // The same in smaller tiles of 5x5 and 4x4 input pixels, named by their outputs for 3x3: fit some sizes better, and have
+    // less prepared weights: for few pixels.
+    FASTCV_CONV2D_KERNEL(conv2d_winograd_3x3)
     FASTCV_CONV2D_KERNEL(conv2d_winograd_2x2)
     // One input and one output channel to a group, any kernel.
     FASTCV_CONV2D_KERNEL(conv2d_depthwise)

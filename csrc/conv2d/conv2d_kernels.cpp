@@ -13,34 +13,28 @@ namespace {
   Conv2dKernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                  \
                FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
 
-// Kernels of 2 elements gain less, and only where there are channels enough to pay for the transforms. Dilated ones fall into
-// dilation x dilation ones of every dilation-th pixel.
+// Kernels smaller than 3x3 gain less, and only where there are channels enough to pay for the transforms. Dilated ones fall
+// into dilation x dilation ones of every dilation-th pixel.
 bool is_winograd(const Conv2dShape& s) {
-  if (s.stride_h != 1 || s.stride_w != 1 || s.groups != 1 || s.input_norm) return false;
+  if (s.stride_h != 1 || s.stride_w != 1 || s.groups != 1 || s.input_norm || s.kernel_h > 3 || s.kernel_w > 3) return false;
+  const bool dilated = s.dilation_h != 1 || s.dilation_w != 1;
   if (s.kernel_h == 3 && s.kernel_w == 3) {
     const bool same_size = s.out_height == s.height && s.out_width == s.width;
-    const bool phases = s.dilation_h == s.pad_h && s.dilation_w == s.pad_w && same_size;
-    return (s.dilation_h == 1 && s.dilation_w == 1) || phases;
+    return !dilated || (s.dilation_h == s.pad_h && s.dilation_w == s.pad_w && same_size);
   }
-  const bool small = (s.kernel_h == 2 || s.kernel_h == 3) && (s.kernel_w == 2 || s.kernel_w == 3);
-  return small && s.dilation_h == 1 && s.dilation_w == 1 && s.channels >= 32 && s.out_channels >= 32;
+  return s.kernel_h * s.kernel_w > 1 && !dilated && s.channels >= 32 && s.out_channels >= 32;
 }
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
 
-// What tiles of patch x patch input pixels cost, in products of one pair of channels: the arithmetic or reading the weights,
-// whichever takes longer. From memory a weight takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more
-// cores have less memory each), from the last-level cache as long as 3.
-double winograd_cost(const Conv2dShape& s, int64_t patch) {
-  const int64_t elements = patch * patch, tile_h = patch + 1 - s.kernel_h, tile_w = patch + 1 - s.kernel_w;
-  const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
-  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + tile_h - 1) / tile_h) * ((wide + tile_w - 1) / tile_w);
-  const double products = double(tiles * elements);
-  const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
-  return std::max(products, double(elements) * (cached ? 3 : 12));
+// 6, 5 or 4, whichever costs least; 5 pays for kernels of 2 elements, whose tiles of 4 outputs fit sizes that are powers of 2.
+int64_t best_patch(const Conv2dShape& s) {
+  const bool small = s.kernel_h < 3 || s.kernel_w < 3;
+  int64_t best = 6;
+  for (int64_t patch : {int64_t(5), int64_t(4)})
+    if ((patch != 5 || small) && winograd_cost(s, patch) < winograd_cost(s, best)) best = patch;
+  return best;
 }
-
-bool prefers_small_tiles(const Conv2dShape& s) { return winograd_cost(s, 4) < winograd_cost(s, 6); }
 
 // In the order of preference: the first that serves a shape is chosen.
 const std::vector<Conv2dKernel>& kernels() {
@@ -49,6 +43,7 @@ const std::vector<Conv2dKernel>& kernels() {
       FASTCV_KERNEL(3, grouped, FASTCV_PICK(conv2d_grouped_serves)),
       FASTCV_KERNEL(6, gemv, FASTCV_PICK(conv2d_gemv_serves)),
       FASTCV_KERNEL(5, winograd_2x2, is_winograd),
+      FASTCV_KERNEL(8, winograd_3x3, is_winograd),
       FASTCV_KERNEL(1, winograd, is_winograd),
       FASTCV_KERNEL(7, bf16, [](const Conv2dShape&) { return true; }),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
@@ -106,7 +101,7 @@ static bool has_bf16() {
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision) {
   const Conv2dKernel* kernel = conv2d_kernel(name, shape);
   if (name != "auto" || !kernel) return kernel;
-  const bool winograd = kernel->number == 1 || kernel->number == 5;
+  const bool winograd = kernel->number == 1 || kernel->number == 5 || kernel->number == 8;
   if (precision == Precision::highest && winograd) return conv2d_kernel("gemm", shape);
   // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
   // Where pixels have few channels, rounding them takes as long as it saves.
@@ -121,10 +116,23 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
   for (const Conv2dKernel& kernel : kernels())
     if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) {
       if (name == "auto" && kernel.number == 7) continue;  // only where it is asked for
-      if (name == "auto" && kernel.number == 5 && !prefers_small_tiles(shape)) continue;
+      if (name == "auto" && kernel.number == 5 && best_patch(shape) != 4) continue;
+      if (name == "auto" && kernel.number == 8 && best_patch(shape) != 5) continue;
       return &kernel;
     }
   return nullptr;
+}
+
+// The arithmetic or reading the weights, whichever takes longer. From memory a weight takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more
+// cores have less memory each), from the last-level cache as long as 3.
+double winograd_cost(const Conv2dShape& s, int64_t patch) {
+  const int64_t patch_h = s.kernel_h == 1 ? 1 : patch, patch_w = s.kernel_w == 1 ? 1 : patch, elements = patch_h * patch_w;
+  const int64_t tile_h = patch_h + 1 - s.kernel_h, tile_w = patch_w + 1 - s.kernel_w;
+  const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
+  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + tile_h - 1) / tile_h) * ((wide + tile_w - 1) / tile_w);
+  const double products = double(tiles * elements);
+  const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
+  return std::max(products, double(elements) * (cached ? 3 : 12));
 }
 
 bool set_output_size(Conv2dShape& s) {

@@ -31,6 +31,9 @@ void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel);
 enum class Precision : int64_t { standard, highest, bfloat16 };
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision);
 
+// What Winograd's tiles of patch x patch input pixels cost, in products of one pair of channels.
+double winograd_cost(const Conv2dShape& shape, int64_t patch);
+
 // Output sizes from the others; false where the padded input is smaller than the kernel.
 bool set_output_size(Conv2dShape& shape);
 

@@ -37,6 +37,7 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, 
 
 TransposedKernel kernel_for(const std::string& name, const Conv2dShape& shape) {
   const TransposedKernel kernel = conv_transpose2d_kernel(name, shape);
+  if (name == "auto" && kernel == TransposedKernel::torch) return TransposedKernel::merged;  // there is no torch here
   STD_TORCH_CHECK(kernel != TransposedKernel::torch, "kernel: \"", name, "\" does not serve this convolution, or does not exist");
   return kernel;
 }

@@ -122,10 +122,11 @@ struct Segments {
 };
 
 // Sums of columns first to last of the block (y, x) to the output; those outside it are dropped.
-FASTCV_INLINE void store_block(const Conv2d& conv, const PhaseRuns& runs, const Segments& segments, int64_t image,
-                               int64_t group, int64_t y, int64_t x, int64_t first, int64_t last, const float* sums) {
+FASTCV_INLINE void store_block(const Conv2d& conv, const PhaseRuns& runs, const Segments& segments, const Bounds& bounds,
+                               int64_t image, int64_t group, int64_t y, int64_t x, int64_t first, int64_t last, const float* sums) {
   const Conv2dShape& s = conv.shape;
   const int64_t outputs = s.group_outputs();
+  const Vec<float> low = broadcast(bounds.low), high = broadcast(bounds.high);
   for (int64_t at = first; at < last;) {
     const int64_t segment = at / segments.length, end = min_of(last, (segment + 1) * segments.length);
     const int64_t oy = y * s.stride_h + runs.y.first + segment / segments.in_row - s.pad_h;
@@ -137,7 +138,10 @@ FASTCV_INLINE void store_block(const Conv2d& conv, const PhaseRuns& runs, const 
       float* output = pixel(conv.output, image, oy, ox) + group * outputs;
       const float* residual = conv.residual.data ? pixel(conv.residual, image, oy, ox) + group * outputs : nullptr;
       const float* sum = sums + (at - first) - offset;
-      for (int64_t i = from; i < to; i += L)
+      int64_t i = from;
+      if (bounds.exact && !residual)
+        for (; i + L <= to; i += L) store(output + i, min(high, max(low, load(sum + i))));
+      for (; i < to; i += L)
         finish(conv, load(sum + i), nullptr, residual ? residual + i : nullptr, output + i, int(min_of(L, to - i)));
     }
     at = end;
@@ -159,8 +163,12 @@ void copy_strip(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const 
       continue;
     }
     memset(strip, 0, size_t(first * channels) * sizeof(float));
-    for (int64_t x = first; x < last; ++x)
-      memcpy(strip + x * channels, pixel(conv.input, t.image, y, left + x) + t.group * channels, size_t(channels) * sizeof(float));
+    if (s.groups == 1 && conv.input.stride_x == channels) {
+      memcpy(strip + first * channels, pixel(conv.input, t.image, y, left + first), size_t((last - first) * channels) * sizeof(float));
+    } else {
+      for (int64_t x = first; x < last; ++x)
+        memcpy(strip + x * channels, pixel(conv.input, t.image, y, left + x) + t.group * channels, size_t(channels) * sizeof(float));
+    }
     memset(strip + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));
   }
 }
@@ -177,6 +185,7 @@ void run_panel(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const T
       bias[i] = conv.bias[task.group * outputs + k];
   Tile t{};
   const bool whole_rows = runs.x.step == 1;
+  const Bounds bounds(conv.activation);
   t.step = channels, t.runs_y = p.depth ? runs.y.taps : 0, t.runs_x = whole_rows ? 1 : runs.x.taps;
   t.run_y = runs.y.step * p.strip_w * channels, t.run_x = runs.x.step * channels;
   t.run = whole_rows ? runs.x.taps * channels : channels;
@@ -189,7 +198,7 @@ void run_panel(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const T
       t.input = strip + (y * p.strip_w + x) * channels;
       run_vectors(vectors, rows, t);
       for (int64_t r = 0; r < rows; ++r)
-        store_block(conv, runs, segments, task.image, task.group, task.y + y, task.x + x + r, first, first + columns, sums + r * kPanel);
+        store_block(conv, runs, segments, bounds, task.image, task.group, task.y + y, task.x + x + r, first, first + columns, sums + r * kPanel);
       x += rows;
     }
   }

@@ -64,7 +64,7 @@ const Conv2dKernel* phase_kernel(const char* name, const Conv2dShape& shape) {
   return kernel ? kernel : conv2d_kernel("gemm", shape);
 }
 
-const char* const kNames[] = {"gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "merged", "bf16", "pixel"};
+const char* const kNames[] = {"gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "merged", "bf16", "pixel", "winograd_3x3"};
 
 constexpr int64_t kLanes = 16;
 
@@ -91,22 +91,41 @@ double merged_cost(const Conv2dShape& s) {
   return cost;
 }
 
-TransposedKernel number_of(const std::string& name) {
+TransposedKernel number_of(const std::string& name) {  // gemm: of kernels that phases have no use for
   for (int64_t i = 0; i < int64_t(std::size(kNames)); ++i)
     if (name == kNames[i]) return TransposedKernel(i);
   return TransposedKernel::gemm;
 }
 
+std::vector<Conv2dShape> phase_shapes(const Conv2dShape& s) {
+  std::vector<Conv2dShape> shapes;
+  for (const PhaseRun& y : phase_runs(s.kernel_h, s.stride_h, s.dilation_h, false))
+    for (const PhaseRun& x : phase_runs(s.kernel_w, s.stride_w, s.dilation_w, false))
+      if (y.taps > 0 && x.taps > 0)
+        shapes.push_back(phase_shape(s, Axis(y, s.stride_h, s.pad_h, s.height, s.out_height), Axis(x, s.stride_w, s.pad_w, s.width, s.out_width)));
+  return shapes;
+}
+
+// Of Winograd's tiles those that cost all phases least. Transforms of the largest take longest beside the products.
+TransposedKernel best_winograd(const std::vector<Conv2dShape>& phases) {
+  double cost[3] = {};
+  for (const Conv2dShape& phase : phases)
+    if (phase.kernel_h * phase.kernel_w > 1)
+      for (int64_t patch : {4, 5, 6}) cost[patch - 4] += winograd_cost(phase, patch) * (patch == 6 ? 1.2 : 1);
+  const TransposedKernel kernels[] = {TransposedKernel::winograd_2x2, TransposedKernel::winograd_3x3, TransposedKernel::winograd};
+  return kernels[std::min_element(cost, cost + 3) - cost];
+}
+
 // What conv2d chooses for the phase with the most taps.
-TransposedKernel kernel_of_largest_phase(const Conv2dShape& s, Precision precision) {
-  const auto largest = [](const std::vector<PhaseRun>& runs) {
-    return *std::max_element(runs.begin(), runs.end(), [](const PhaseRun& a, const PhaseRun& b) { return a.taps < b.taps; });
-  };
-  const PhaseRun y = largest(phase_runs(s.kernel_h, s.stride_h, s.dilation_h, false));
-  const PhaseRun x = largest(phase_runs(s.kernel_w, s.stride_w, s.dilation_w, false));
-  const Conv2dShape phase = phase_shape(s, Axis(y, s.stride_h, s.pad_h, s.height, s.out_height), Axis(x, s.stride_w, s.pad_w, s.width, s.out_width));
-  const Conv2dKernel* kernel = conv2d_kernel("auto", phase, precision);
-  return number_of(kernel ? kernel->name : "gemm");
+TransposedKernel kernel_of_phases(const Conv2dShape& s, Precision precision) {
+  const std::vector<Conv2dShape> phases = phase_shapes(s);
+  const auto largest = std::max_element(phases.begin(), phases.end(), [](const Conv2dShape& a, const Conv2dShape& b) {
+    return a.kernel_h * a.kernel_w < b.kernel_h * b.kernel_w;
+  });
+  const Conv2dKernel* kernel = conv2d_kernel("auto", *largest, precision);
+  const TransposedKernel number = number_of(kernel ? kernel->name : "gemm");
+  const bool winograd = number == TransposedKernel::winograd || number == TransposedKernel::winograd_2x2 || number == TransposedKernel::winograd_3x3;
+  return winograd && phases.size() > 1 ? best_winograd(phases) : number;
 }
 
 }  // namespace
@@ -122,9 +141,10 @@ TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dSh
   }
   if (is_depthwise(s)) return TransposedKernel::depthwise;
   if (one_pixel && s.groups == 1) return TransposedKernel::pixel;
-  if (is_plain(s)) return kernel_of_largest_phase(s, precision);
+  if (is_plain(s)) return kernel_of_phases(s, precision);
+  if (s.groups > 1 && s.group_outputs() < kLanes) return TransposedKernel::torch;
   if (merged_cost(s) < 0.9 * separate_cost(s)) return TransposedKernel::merged;
-  return kernel_of_largest_phase(s, precision);
+  return kernel_of_phases(s, precision);
 }
 
 ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel) : shape_(shape) {
@@ -160,7 +180,7 @@ void ConvTranspose2dPlan::add_phase(const PhaseRuns& runs, TransposedKernel kern
   const Axis y(runs.y, s.stride_h, s.pad_h, s.height, s.out_height), x(runs.x, s.stride_w, s.pad_w, s.width, s.out_width);
   Part part{Kind::phase, runs};
   part.shape = phase_shape(s, y, x);
-  part.one_image = kernel == TransposedKernel::pixel && y.out == 1 && x.out == 1;
+  part.one_image = kernel == TransposedKernel::pixel && y.out == 1 && x.out == 1 && y.pad == 0 && x.pad == 0;
   if (part.one_image) part.shape.images = 1, part.shape.width = part.shape.out_width = s.images;
   part.kernel = phase_kernel(kernel == TransposedKernel::pixel ? "gemm" : kNames[size_t(kernel)], part.shape);
   part.skip_y = y.skip, part.skip_x = x.skip, part.output_y = y.output, part.output_x = x.output;

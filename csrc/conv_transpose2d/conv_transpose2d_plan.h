@@ -10,7 +10,7 @@ namespace fastcv {
 
 // Numbers are those of fastcv.ops.conv_transpose2d.KERNELS. Names of conv2d's kernels: each phase by it where it serves, by
 // gemm elsewhere.
-enum class TransposedKernel : int64_t { gemm, winograd, depthwise, grouped, torch, winograd_2x2, merged, bf16, pixel };
+enum class TransposedKernel : int64_t { gemm, winograd, depthwise, grouped, torch, winograd_2x2, merged, bf16, pixel, winograd_3x3 };
 
 // The named one, or for "auto" the one that is fastest; torch where none serves.
 TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dShape& shape,

@@ -13,7 +13,7 @@ from ._program import Program
 from ._steps import OPS
 
 # Multiplications of a kernel for one of the direct sum's.
-_PRODUCTS = {"winograd": 36 / 144, "winograd_2x2": 16 / 36}
+_PRODUCTS = {"winograd": 36 / 144, "winograd_3x3": 25 / 81, "winograd_2x2": 16 / 36}
 
 
 @functools.cache

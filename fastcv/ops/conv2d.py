@@ -23,7 +23,7 @@ from .._library import LIBRARY, define, implementation
 from ._autograd import needs_derivatives, register_autograd
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
 
-KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16")
+KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16", "winograd_3x3")
 ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
 
 _GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
@@ -67,8 +67,8 @@ def conv2d(
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
             ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
         negative_slope: of ``"leaky_relu"``.
-        kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"gemv"``, ``"winograd"`` or
-            ``"winograd_2x2"`` (3x3, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"`` (operands rounded to
+        kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"gemv"``, ``"winograd"``,
+            ``"winograd_3x3"`` or ``"winograd_2x2"`` (up to 3x3, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"`` (operands rounded to
             bfloat16) or ``"torch"``.
 
     Returns:
