@@ -147,7 +147,7 @@ TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dSh
   return kernel_of_phases(s, precision);
 }
 
-ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel) : shape_(shape) {
+ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel) : shape_(shape), kernel_(kernel) {
   Conv2dShape& s = shape_;
   const bool pixel = kernel == TransposedKernel::pixel;
   const bool joins = kernel == TransposedKernel::merged || (kernel == TransposedKernel::depthwise && !is_plain(s));

@@ -20,6 +20,8 @@ class ConvTranspose2dPlan {
  public:
   ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel);
 
+  TransposedKernel kernel() const { return kernel_; }
+
   // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone.
   int64_t weights() const { return weights_; }
   void prepare(const float* weight, float* prepared) const;
@@ -47,6 +49,7 @@ class ConvTranspose2dPlan {
   void prepare_phase(const Part& part, const float* weight, float* prepared) const;
 
   Conv2dShape shape_;
+  TransposedKernel kernel_;
   std::vector<Part> parts_;
   bool even_ = true;  // all parts have as many tasks
   int64_t weights_ = 0, tasks_ = 0, scratch_ = 0;

@@ -110,7 +110,7 @@ class Placement {
       const Step& step = program_.steps[i];
       const Node& out = nodes_[size_t(step.output)];
       if (out.parent >= 0 || out.has_children || out.is_output) continue;
-      const bool conv = step.op == Op::conv && step.inputs.size() == 2 && step.inputs[0] != step.inputs[1];
+      const bool conv = (step.op == Op::conv || step.op == Op::conv_transpose) && step.inputs.size() == 2 && step.inputs[0] != step.inputs[1];
       const bool elementwise = step.op == Op::add || step.op == Op::mul || step.op == Op::activate || step.op == Op::affine ||
                                step.op == Op::layer_norm || step.op == Op::prelu;
       if (!conv && !elementwise) continue;

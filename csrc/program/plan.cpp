@@ -66,6 +66,29 @@ const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const 
   return kept.get();
 }
 
+// Weights are [C, K / groups, KH, KW] here, so that the scale of an output channel is met in every input channel.
+const float* Program::prepared(const Step& s, const ConvTranspose2dPlan& plan, const Conv2dShape& shape) {
+  const std::lock_guard lock(mutex_);
+  auto& kept = transposed_[{plan.kernel(), s.weights[0], s.weights[2], {s.params.begin(), s.params.begin() + 9}}];
+  if (!kept) {
+    const Weight& weight = weights[size_t(s.weights[0])];
+    const float *scale = s.weight(*this, 2), *from = weight.data;
+    std::vector<float> scaled;
+    if (scale) {
+      const int64_t taps = shape.kernel_h * shape.kernel_w, outputs = shape.group_outputs();
+      scaled.resize(size_t(shape.channels * outputs * taps));
+      for (int64_t i = 0; i < int64_t(scaled.size()); ++i) {
+        const int64_t k = i / taps % outputs, group = i / taps / outputs / shape.group_channels();
+        scaled[size_t(i)] = from[i] * scale[group * outputs + k];
+      }
+      from = scaled.data();
+    }
+    kept.reset(allocate_weights(size_t(plan.weights()) * sizeof(float)));
+    plan.prepare(from, kept.get());
+  }
+  return kept.get();
+}
+
 Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads) {
   Plan plan;
   plan.extents = inputs;
@@ -81,11 +104,22 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t thre
       planned.conv = conv2d_kernel("auto", planned.shape, program.precision);
       planned.weight = program.prepared(program.steps[planned.step], *planned.conv, planned.shape);
       plan.scratch = std::max(plan.scratch, planned.conv->scratch(planned.shape));
+    } else if (program.steps[planned.step].op == Op::conv_transpose) {
+      const Step& step = program.steps[planned.step];
+      planned.shape = transposed_shape(program, step, plan.extents);
+      planned.shape.threads = threads;
+      TransposedKernel kernel = conv_transpose2d_kernel("auto", planned.shape, program.precision);
+      if (kernel == TransposedKernel::torch) kernel = TransposedKernel::merged;  // there is no torch here
+      planned.transposed = std::make_shared<const ConvTranspose2dPlan>(planned.shape, kernel);
+      planned.weight = program.prepared(step, *planned.transposed, planned.shape);
+      plan.scratch = std::max(plan.scratch, planned.transposed->scratch());
     } else {
       planned.other = step_kernel(program.steps[planned.step].op);
     }
     const BoundStep bound = bind_step(program, plan, planned, Pointers{});
-    planned.tasks = planned.conv ? planned.conv->tasks(planned.shape) : planned.other.tasks(bound.task);
+    planned.tasks = planned.conv         ? planned.conv->tasks(planned.shape)
+                    : planned.transposed ? planned.transposed->tasks()
+                                         : planned.other.tasks(bound.task);
     const Extent& in = plan.extents[size_t(planned.copy_from >= 0 ? planned.copy_from : program.steps[planned.step].inputs[0])];
     if (in.n * in.c * in.h * in.w == 0) planned.tasks = 0;
   }

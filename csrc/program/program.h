@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../conv2d/conv2d_kernels.h"
+#include "../conv_transpose2d/conv_transpose2d_plan.h"
 #include "steps.h"
 
 namespace fastcv::program {
@@ -40,6 +41,7 @@ enum class Op : int64_t {
   resize,             // input, [like]: nearest or bilinear
   layer_norm,         // input; scale, shift, over the channels of each pixel
   prelu,              // input; slope of each channel
+  conv_transpose,     // input, [residual]; weight, [bias], [scale of outputs]
 };
 
 struct Step {
@@ -67,6 +69,7 @@ struct Program {
 
   // Prepared weights of a step for a kernel, made when first asked for.
   const float* prepared(const Step& step, const Conv2dKernel& kernel, const Conv2dShape& shape);
+  const float* prepared(const Step& step, const ConvTranspose2dPlan& plan, const Conv2dShape& shape);
 
  private:
   struct Free {
@@ -75,6 +78,8 @@ struct Program {
   std::mutex mutex_;
   // By kernel, weight, scale and groups: a layer that is used twice is prepared once.
   std::map<std::tuple<const Conv2dKernel*, int64_t, int64_t, int64_t>, std::unique_ptr<float[], Free>> prepared_;
+  // Of transposed convolutions, by kernel, weight, scale and what the step says of its geometry.
+  std::map<std::tuple<TransposedKernel, int64_t, int64_t, std::vector<int64_t>>, std::unique_ptr<float[], Free>> transposed_;
 };
 
 // Where the pixels of a value lie: in a buffer that is `channels` wide, from `channel` on.
@@ -91,7 +96,8 @@ struct PlannedStep {
   size_t step;  // of the program
   const Conv2dKernel* conv = nullptr;
   Conv2dShape shape{};
-  const float* weight = nullptr;  // prepared
+  std::shared_ptr<const ConvTranspose2dPlan> transposed;  // of a transposed convolution
+  const float* weight = nullptr;                          // prepared
   StepKernel other{};
   int64_t copy_from = -1, copy_to = -1, copy_channel = 0, copy_output = -1;
   int64_t tasks = 0;
@@ -108,6 +114,7 @@ struct Plan {
 Extent output_extent(const Program& program, const Step& step, const std::vector<Extent>& extents);
 // The shape of a convolution for one thread.
 Conv2dShape conv_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
+Conv2dShape transposed_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
 // Sets places, arena, and the copies that are needed.
 void place_values(const Program& program, Plan& plan);
 Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads);

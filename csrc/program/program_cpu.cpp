@@ -123,7 +123,8 @@ struct Arity {
   size_t inputs, most_inputs, params, weights;
 };
 const Arity kArity[] = {{1, 2, 9, 5},  {1, 1, 10, 0}, {1, 1, 10, 0},   {1, 1, 2, 0}, {2, 2, 2, 0}, {2, 2, 2, 0}, {1, 1, 2, 0},
-                        {1, 1, 2, 2}, {1, 1 << 20, 0, 0}, {2, 2, 0, 0}, {1, 1, 2, 0}, {1, 1, 0, 0}, {1, 2, 7, 0}, {1, 1, 1, 2}, {1, 1, 0, 1}};
+                        {1, 1, 2, 2}, {1, 1 << 20, 0, 0}, {2, 2, 0, 0}, {1, 1, 2, 0}, {1, 1, 0, 0}, {1, 2, 7, 0}, {1, 1, 1, 2}, {1, 1, 0, 1},
+                        {1, 2, 11, 3}};
 
 void check_step(const Program& program, const Step& step) {
   const Arity& a = kArity[size_t(step.op)];
@@ -148,6 +149,15 @@ void check_step(const Program& program, const Step& step) {
                     "code: stride, padding, dilation or groups of a convolution");
     is_vector(1, w->size[0]), is_vector(2, w->size[0]), is_vector(3, w->size[1] * p[6]), is_vector(4, w->size[1] * p[6]);
     STD_TORCH_CHECK((step.weights[3] < 0) == (step.weights[4] < 0), "code: scale and shift of inputs go together");
+  } else if (step.op == Op::conv_transpose) {
+    const Weight* w = of(0);
+    STD_TORCH_CHECK(w && w->size.size() == 4, "weights: expected [C, K / groups, KH, KW]");
+    for (int64_t n : w->size) STD_TORCH_CHECK(n > 0, "weights: expected no empty size");
+    const auto& p = step.params;
+    STD_TORCH_CHECK(p[0] > 0 && p[1] > 0 && p[2] >= 0 && p[3] >= 0 && p[4] >= 0 && p[5] >= 0 && p[6] > 0 && p[7] > 0 && p[8] > 0 &&
+                        w->size[0] % p[8] == 0,
+                    "code: stride, padding, dilation or groups of a transposed convolution");
+    is_vector(1, w->size[1] * p[8]), is_vector(2, w->size[1] * p[8]);
   } else if (step.op == Op::prelu) {
     STD_TORCH_CHECK(of(0), "code: prelu needs slopes");
     is_vector(0, -1);
@@ -288,11 +298,13 @@ Tensor program_profile(int64_t handle) {
     const Extent& in = plan->extents[size_t(copy ? s.copy_from : step->inputs[0])];
     const Extent& to = copy ? in : plan->extents[size_t(step->output)];
     const Conv2dShape& c = s.shape;
-    const int64_t weights = s.conv ? c.out_channels * c.group_channels() * c.kernel_h * c.kernel_w : 0;
-    const int64_t work = s.conv ? c.images * c.out_height * c.out_width * weights : 0;
+    const bool conv = s.conv || s.transposed;
+    const int64_t weights = conv ? c.out_channels * c.group_channels() * c.kernel_h * c.kernel_w : 0;
+    const int64_t pixels = s.transposed ? c.height * c.width : c.out_height * c.out_width;
+    const int64_t work = conv ? c.images * pixels * weights : 0, kernel = s.conv ? s.conv->number : s.transposed ? int64_t(s.transposed->kernel()) : -1;
     const int64_t second = step && step->inputs.size() == 2 ? to.n * to.c * to.h * to.w : 0;
     const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + weights + second);
-    const int64_t row[] = {copy ? -1 : int64_t(step->op), s.conv ? s.conv->number : -1, loaded->nanoseconds[size_t(i)], work,
+    const int64_t row[] = {copy ? -1 : int64_t(step->op), kernel, loaded->nanoseconds[size_t(i)], work,
                            bytes, in.n, in.c, in.h, in.w, to.c, to.h, to.w, c.kernel_h, c.kernel_w, c.stride_h, c.stride_w,
                            c.pad_h, c.pad_w, c.dilation_h, c.dilation_w, c.groups, s.shape.input_norm};
     std::copy(std::begin(row), std::end(row), out);

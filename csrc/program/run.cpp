@@ -40,7 +40,7 @@ PixelMap<float> as_image(const PixelMap<float>& map) { return {map.data, 0, 0, m
 Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers) {
   const Step& step = program.steps[planned.step];
   const Extent& in = plan.extents[size_t(step.inputs[0])];
-  const bool vectors = in.h == 1 && in.w == 1 && planned.shape.kernel_h == 1 && planned.shape.kernel_w == 1 &&
+  const bool vectors = !planned.transposed && in.h == 1 && in.w == 1 && planned.shape.kernel_h == 1 && planned.shape.kernel_w == 1 &&
                        planned.shape.images == 1 && planned.shape.width == in.n;
   Conv2d conv{};
   const auto map = [&](int64_t value) {
@@ -53,7 +53,8 @@ Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& pl
   if (step.inputs.size() > 1) conv.residual = read_only(map(step.inputs[1]));
   conv.bias = step.weight(program, 1);
   conv.input_scale = step.weight(program, 3), conv.input_shift = step.weight(program, 4);
-  conv.activation = Activation(step.params[7]), conv.slope = float(step.real(8));
+  const size_t activation = planned.transposed ? 9 : 7;
+  conv.activation = Activation(step.params[activation]), conv.slope = float(step.real(activation + 1));
   return conv;
 }
 
@@ -101,7 +102,7 @@ StepTask bind_copy(const Plan& plan, const PlannedStep& planned, const Pointers&
 
 BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers) {
   BoundStep bound{&planned, {}, {}};
-  if (planned.conv)
+  if (planned.conv || planned.transposed)
     bound.conv = bind_conv(program, plan, planned, pointers);
   else if (planned.copy_from >= 0)
     bound.task = bind_copy(plan, planned, pointers);
@@ -127,6 +128,8 @@ void Run::work_step(const BoundStep& step, Counter* counter, int64_t own, float*
     for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
       if (step.planned->conv)
         step.planned->conv->run(step.conv, task, task + 1, scratch);
+      else if (step.planned->transposed)
+        step.planned->transposed->run(step.conv, task, task + 1, scratch);
       else
         step.planned->other.run(step.task, task, task + 1);
       done.fetch_add(1, std::memory_order_release);

@@ -9,6 +9,7 @@
 //     resize                                bilinear, align_corners, by (0: size, 1: the second input's, 2: factor), height,
 //                                           width, factors (2)
 //     layer_norm                            epsilon
+//     conv_transpose                        stride (2), padding (2), output padding (2), dilation (2), groups, activation, slope
 #include <cstring>
 
 #include "program.h"
@@ -68,6 +69,21 @@ Conv2dShape conv_shape(const Program& program, const Step& step, const std::vect
   return s;
 }
 
+Conv2dShape transposed_shape(const Program& program, const Step& step, const std::vector<Extent>& extents) {
+  const Extent in = extents[size_t(step.inputs[0])];
+  const Weight& weight = program.weights.at(size_t(step.weights[0]));
+  const auto& p = step.params;
+  Conv2dShape s{};
+  s.images = in.n, s.channels = in.c, s.height = in.h, s.width = in.w;
+  s.out_channels = weight.size[1] * p[8], s.kernel_h = weight.size[2], s.kernel_w = weight.size[3];
+  s.stride_h = p[0], s.stride_w = p[1], s.pad_h = p[2], s.pad_w = p[3], s.dilation_h = p[6], s.dilation_w = p[7], s.groups = p[8];
+  s.out_height = (in.h - 1) * p[0] - 2 * p[2] + p[6] * (s.kernel_h - 1) + 1 + p[4];
+  s.out_width = (in.w - 1) * p[1] - 2 * p[3] + p[7] * (s.kernel_w - 1) + 1 + p[5];
+  if (weight.size[0] != in.c) fail("an input of " + text(in) + " does not fit weights for " + std::to_string(weight.size[0]) + " channels");
+  if (in.h < 1 || in.w < 1 || s.out_height < 1 || s.out_width < 1) fail("a transposed convolution of " + text(in) + " leaves nothing");
+  return s;
+}
+
 Extent output_extent(const Program& program, const Step& step, const std::vector<Extent>& extents) {
   const Extent in = extents[size_t(step.inputs[0])];
   const Extent* second = step.inputs.size() > 1 ? &extents[size_t(step.inputs[1])] : nullptr;
@@ -76,6 +92,12 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
       const Conv2dShape s = conv_shape(program, step, extents);
       const bool vectors = s.images == 1 && s.height == 1 && s.width == in.n && in.h == 1 && in.w == 1;
       const Extent out = vectors ? Extent{in.n, s.out_channels, 1, 1} : Extent{in.n, s.out_channels, s.out_height, s.out_width};
+      if (second && !(*second == out)) fail("a residual of " + text(*second) + " for an output of " + text(out));
+      return out;
+    }
+    case Op::conv_transpose: {
+      const Conv2dShape s = transposed_shape(program, step, extents);
+      const Extent out{in.n, s.out_channels, s.out_height, s.out_width};
       if (second && !(*second == out)) fail("a residual of " + text(*second) + " for an output of " + text(out));
       return out;
     }

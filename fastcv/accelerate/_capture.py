@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
 from ._lower import Untraceable, lower
-from ._modules import has_hooks, is_norm, is_plain_conv
+from ._modules import has_hooks, has_work, is_norm
 from ._report import Part, Report
 
 # Of the largest output, between a part and its captured form, on its first input.
@@ -30,7 +30,7 @@ def capture(module: nn.Module, name: str, report: Report, keep_strides: bool, pr
     Results are channels-last inside. ``keep_strides`` has what leaves a part made contiguous where it was before, for
     code that calls ``.view()`` on it.
     """
-    if not any(is_plain_conv(m) or type(m) is nn.Linear for m in module.modules()) or "forward" in module.__dict__:
+    if not any(has_work(m) for m in module.modules()) or "forward" in module.__dict__:
         return
     if has_hooks(module):
         report.left.append((name, "for it has hooks"))
@@ -50,7 +50,9 @@ def capture(module: nn.Module, name: str, report: Report, keep_strides: bool, pr
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:
     """The module as a graph, or why not. Optional arguments keep their defaults."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):  # a graph of one call, rather than of what is inside
+    if isinstance(
+        module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    ):  # a graph of one call, rather than of what is inside
         holder = nn.Sequential(module)
         return fx.GraphModule(holder, _Tracer().trace(holder))
     parameters = inspect.signature(module.forward).parameters.values()

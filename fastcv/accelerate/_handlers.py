@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ._lower import CALLS, Grouped, Lowering, Unsupported, Value, handles
-from ._modules import has_hooks, is_norm, is_plain_conv
+from ._modules import has_hooks, is_norm, is_plain_conv, is_plain_transposed
 from ._steps import Affine, Ref, ref
 
 # ---- layers with weights -------------------------------------------------------------------------
@@ -23,6 +23,32 @@ def conv2d(to: Lowering, node: fx.Node) -> Value:
     geometry = (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
     x = to.map(node.args[0])
     return to.step("conv", [x], 4, geometry, weight=ref(conv, "weight"), bias=ref(conv, "bias"))
+
+
+@handles(nn.ConvTranspose2d)
+def conv_transpose2d(to: Lowering, node: fx.Node) -> Value:
+    conv = to.module(node)
+    if not is_plain_transposed(conv) or len(node.args) != 1 or node.kwargs:
+        raise Unsupported
+    geometry = (*conv.stride, *conv.padding, *conv.output_padding, *conv.dilation, conv.groups)
+    return _transposed(to, node.args[0], ref(conv, "weight"), ref(conv, "bias"), geometry)
+
+
+@handles(F.conv_transpose2d)
+def conv_transpose2d_function(to: Lowering, node: fx.Node) -> Value:
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    x, weight, bias, stride, padding, output_padding, groups, dilation = _arguments(node, names)
+    bias = None if bias is None else _weight(to, bias)
+    geometry = (*_two(stride or 1), *_two(padding or 0), *_two(output_padding or 0), *_two(dilation or 1), groups or 1)
+    return _transposed(to, x, _weight(to, weight), bias, geometry)
+
+
+def _transposed(to: Lowering, x, weight: Ref, bias: Ref | None, geometry: tuple[int, ...]) -> Value:
+    groups, (channels, outputs) = geometry[-1], weight.get().shape[:2]
+    depthwise = groups == channels and outputs == 1
+    if groups > 1 and outputs < 16 and not depthwise:
+        raise Unsupported  # vectors hold the channels of one group, and torch those of several
+    return to.step("conv_transpose", [to.map(x)], 4, geometry, weight=weight, bias=bias)
 
 
 @handles(nn.Linear)

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from ._program import Program
-from ._steps import Listing, Ref, Step
+from ._steps import CONVOLUTIONS, Listing, Ref, Step
 
 
 class Unsupported(Exception):
@@ -255,7 +255,7 @@ class Lowering:
         exported = [n for n in segment.nodes if n not in segment.sources and self.needed_outside(n, segment)]
         if any(not isinstance(segment.nodes[n], Value) for n in exported):
             raise Untraceable("it hands on pieces that are not tensors")
-        if not any(step.op == "conv" for step in segment.listing.steps):  # torch is as fast with what remains
+        if not any(step.op in CONVOLUTIONS for step in segment.listing.steps):  # torch is as fast with what remains
             for node in segment.nodes:
                 if node not in segment.sources:
                     self.emit(node)

@@ -18,6 +18,10 @@ def is_norm(module: nn.Module) -> bool:
     return known and not has_hooks(module)
 
 
+def is_plain_transposed(module: nn.Module) -> bool:
+    return type(module) is nn.ConvTranspose2d and module.weight.dtype == torch.float32 and not has_hooks(module)
+
+
 def is_plain_conv(module: nn.Module) -> bool:
     return (
         type(module) is nn.Conv2d
@@ -26,3 +30,8 @@ def is_plain_conv(module: nn.Module) -> bool:
         and module.weight.dtype == torch.float32
         and not has_hooks(module)
     )
+
+
+def has_work(module: nn.Module) -> bool:
+    """Whether programs make it faster by itself."""
+    return is_plain_conv(module) or is_plain_transposed(module) or type(module) is nn.Linear

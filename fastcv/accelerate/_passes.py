@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ._steps import Listing, Step
+from ._steps import CONVOLUTIONS, Listing, Step
 
 
 def shorten(listing: Listing) -> int:
@@ -40,16 +40,16 @@ def _into_producer(listing: Listing) -> bool:
 
 
 def _take(producer: Step, step: Step, value: int, at: int, made: dict[int, int]) -> bool:
-    if step.op == "affine" and producer.op == "conv" and len(producer.inputs) == 1:
+    if step.op == "affine" and producer.op in CONVOLUTIONS and len(producer.inputs) == 1:
         producer.after.append(step.after[0])
     elif step.op == "affine" and producer.op == "affine":
         return False
-    elif step.op == "add" and producer.op == "conv" and len(producer.inputs) == 1 and not step.params:
+    elif step.op == "add" and producer.op in CONVOLUTIONS and len(producer.inputs) == 1 and not step.params:
         other = step.inputs[1] if step.inputs[0] == value else step.inputs[0]
         if other == value:
             return False
         producer.inputs.append(other)
-    elif step.op != "activate" or producer.op not in ("conv", "add", "mul", "affine"):
+    elif step.op != "activate" or producer.op not in (*CONVOLUTIONS, "add", "mul", "affine"):
         return False
     producer.activation, producer.slope = step.activation, step.slope
     return True

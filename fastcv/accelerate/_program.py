@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._library import LIBRARY
 from ._passes import shorten
-from ._steps import ACTIVATIONS, OPS, Listing, Step
+from ._steps import ACTIVATIONS, CONVOLUTIONS, OPS, Listing, Step
 
 LIBRARY.define("program_load(int[] code, Tensor[] weights, int precision) -> int")
 LIBRARY.define("program_run(int handle, Tensor[] inputs) -> Tensor[]")
@@ -22,7 +22,7 @@ LIBRARY.define("program_profile(int handle) -> Tensor")
 PRECISIONS = ("default", "highest", "bfloat16")
 
 _version, _place = operator.attrgetter("_version"), Tensor.data_ptr
-_WITH_ACTIVATION = ("conv", "add", "mul", "activate", "affine")
+_WITH_ACTIVATION = (*CONVOLUTIONS, "add", "mul", "activate", "affine")
 
 
 class Program(nn.Module):
@@ -33,7 +33,7 @@ class Program(nn.Module):
         self.precision = precision
         self.taken = shorten(listing)
         self.listing = listing
-        self.convolutions = sum(step.op == "conv" for step in listing.steps)
+        self.convolutions = sum(step.op in CONVOLUTIONS for step in listing.steps)
         self._refs = list({r.key: r for step in listing.steps for r in step.refs()}.values())
         self._handle: int | None = None
         self._free: weakref.finalize | None = None

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 # In the order of Op in csrc/program/program.h.
 OPS = (
     "conv", "max_pool", "avg_pool", "adaptive_avg_pool", "add", "mul", "activate", "affine", "cat", "interleave",
-    "slice", "flatten", "resize", "layer_norm", "prelu",
+    "slice", "flatten", "resize", "layer_norm", "prelu", "conv_transpose",
 )  # fmt: skip
+CONVOLUTIONS = ("conv", "conv_transpose")  # steps that take up norms, additions and activations
 # In the order of Activation in csrc/conv2d/conv2d.h.
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu")
 
@@ -70,11 +71,11 @@ class Step:
     activation: str = "none"
     slope: float = 0.01
     channels: int = 0  # of prelu
-    # Of conv, affine, layer_norm and prelu.
+    # Of conv, conv_transpose, affine, layer_norm and prelu.
     weight: Ref | None = None
     bias: Ref | None = None
     before: Affine | None = None  # of conv: relu(before(x)) is its input
-    after: list[Affine] = dataclasses.field(default_factory=list)
+    after: list[Affine] = dataclasses.field(default_factory=list)  # of convolutions and affine
 
     def refs(self) -> list[Ref]:
         affines = [*self.after, *([self.before] if self.before else [])]
@@ -95,7 +96,7 @@ class Step:
             scale, shift = self.after[0].values()
             key = named(*self.after[0].refs)
             return [(("scale", *key), as_float(scale)), (("shift", *key), as_float(shift))]
-        if self.op != "conv":
+        if self.op not in CONVOLUTIONS:
             return []
         bias = None if self.bias is None or self.bias.get() is None else self.bias.get().detach()
         refs = named(self.bias, *(r for a in self.after for r in a.refs))
@@ -104,12 +105,17 @@ class Step:
             s, t = affine.values()
             scale = s if scale is None else scale * s
             bias = t if bias is None else bias.double() * s + t
-        before = self.before.values() if self.before else None
-        before_key = named(*self.before.refs) if self.before else ()
-        return [
+        tensors = [
             (named(self.weight), self.weight.get().detach()),
             None if bias is None else (("bias", *refs), as_float(bias)),
             None if scale is None else (("scale", *refs), as_float(scale)),
+        ]
+        if self.op == "conv_transpose":
+            return tensors
+        before = self.before.values() if self.before else None
+        before_key = named(*self.before.refs) if self.before else ()
+        return [
+            *tensors,
             None if before is None else (("before scale", *before_key), as_float(before[0])),
             None if before is None else (("before shift", *before_key), as_float(before[1])),
         ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ops.conv2d import KERNELS
+from ..ops.conv_transpose2d import KERNELS as TRANSPOSED
 from ._program import Program
-from ._steps import OPS
+from ._steps import CONVOLUTIONS, OPS
 
 # Multiplications of a kernel for one of the direct sum's.
 _PRODUCTS = {"winograd": 36 / 144, "winograd_3x3": 25 / 81, "winograd_2x2": 16 / 36}
@@ -32,6 +33,13 @@ def machine_limits(threads: int) -> tuple[float, float]:
     return 1024**3 / best(lambda: a @ a), large.numel() * 4 / best(large.sum)
 
 
+def _products(kernel: str, transposed: bool) -> float:
+    """Those of a transposed convolution's phases, taken as 2x2."""
+    if transposed:
+        return {"winograd": 36 / 100, "winograd_3x3": 25 / 64, "winograd_2x2": 16 / 36}.get(kernel, 1.0)
+    return _PRODUCTS.get(kernel, 1.0)
+
+
 def program_table(program: Program, *inputs: Tensor) -> str:
     """One line for each step of ``program`` on these inputs.
 
@@ -44,11 +52,16 @@ def program_table(program: Program, *inputs: Tensor) -> str:
     for row in program.profile(*inputs).tolist():
         op, kernel, nanoseconds, work, size, n, c, h, w, out_c, out_h, out_w, kh, kw, stride, *_, groups, _ = row
         name = "copy" if op < 0 else OPS[op]
-        if name == "conv":
-            name += f" {kh}x{kw}" + (f"/{stride}" if stride > 1 else "") + (f" g{groups}" if groups > 1 else "")
-            chosen = KERNELS[kernel]
+        if name in CONVOLUTIONS:
+            transposed = name == "conv_transpose"
+            name = (
+                f"{'transposed' if transposed else name} {kh}x{kw}"
+                + (f"/{stride}" if stride > 1 else "")
+                + (f" g{groups}" if groups > 1 else "")
+            )
+            chosen = TRANSPOSED[kernel] if transposed else KERNELS[kernel]
             weights = size / 4 - n * (c * h * w + out_c * out_h * out_w)
-            floor = max(work * _PRODUCTS.get(chosen, 1.0) / products, 4 * max(weights, 0) / memory)
+            floor = max(work * _products(chosen, transposed) / products, 4 * max(weights, 0) / memory)
         else:
             chosen, floor = "", size / memory
         total, bound = total + nanoseconds / 1e3, bound + floor * 1e6

@@ -1,5 +1,5 @@
 """Layers with the names, arguments and state dicts of ``torch.nn``, on fastcv's operators."""
 
-from .conv import Conv2d, ConvNormAct
+from .conv import Conv2d, ConvNormAct, ConvTranspose2d
 
-__all__ = ["Conv2d", "ConvNormAct"]
+__all__ = ["Conv2d", "ConvNormAct", "ConvTranspose2d"]

@@ -1,4 +1,4 @@
-"""Convolution layers: :class:`Conv2d`, and :class:`ConvNormAct` that fuses what follows it."""
+"""Convolution layers: :class:`Conv2d`, :class:`ConvTranspose2d`, and :class:`ConvNormAct` that fuses what follows."""
 
 from __future__ import annotations
 
@@ -49,6 +49,40 @@ class Conv2d(nn.Conv2d):
         result = ops.conv2d(
             x, weight, bias, self.stride, padding, self.dilation, self.groups,
             residual=residual, activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+        return result[0] if unbatched else result
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` on :func:`fastcv.ops.conv_transpose2d`: the same arguments, state dict and
+    results to rounding.
+
+    Args: those of :class:`torch.nn.ConvTranspose2d`.
+
+    Example:
+        >>> import torch, fastcv
+        >>> layer = fastcv.nn.ConvTranspose2d(3, 8, 4, stride=2, padding=1)
+        >>> layer.load_state_dict(torch.nn.ConvTranspose2d(3, 8, 4).state_dict())
+        <All keys matched successfully>
+        >>> layer(torch.zeros(2, 3, 5, 5)).shape
+        torch.Size([2, 8, 10, 10])
+    """
+
+    def forward(
+        self,
+        input: Tensor,
+        output_size: list[int] | None = None,
+        residual: Tensor | None = None,
+        activation: str = "none",
+    ) -> Tensor:
+        unbatched = input.dim() == 3
+        x = input[None] if unbatched else input
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        result = ops.conv_transpose2d(
+            x, self.weight, self.bias, self.stride, self.padding, tuple(output_padding), self.groups, self.dilation,
+            residual=residual, activation=activation,
         )  # fmt: skip
         return result[0] if unbatched else result
 

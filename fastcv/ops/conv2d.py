@@ -68,8 +68,8 @@ def conv2d(
             ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
         negative_slope: of ``"leaky_relu"``.
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"gemv"``, ``"winograd"``,
-            ``"winograd_3x3"`` or ``"winograd_2x2"`` (up to 3x3, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"`` (operands rounded to
-            bfloat16) or ``"torch"``.
+            ``"winograd_3x3"`` or ``"winograd_2x2"`` (up to 3x3, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"``
+            (operands rounded to bfloat16) or ``"torch"``.
 
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes,

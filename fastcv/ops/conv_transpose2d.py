@@ -17,7 +17,18 @@ from ._checks import check_floating, check_one_of, check_same_device, check_shap
 from .conv2d import ACTIVATIONS, conv2d, kept_layout, slope_of
 
 # In the order of TransposedKernel in csrc/conv_transpose2d/conv_transpose2d_plan.h.
-KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "merged", "bf16", "pixel", "winograd_3x3")
+KERNELS = (
+    "gemm",
+    "winograd",
+    "depthwise",
+    "grouped",
+    "torch",
+    "winograd_2x2",
+    "merged",
+    "bf16",
+    "pixel",
+    "winograd_3x3",
+)
 
 _GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt[2] dilation"
 _reference = reference.conv_transpose2d
@@ -65,9 +76,10 @@ def conv_transpose2d(
             ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
         negative_slope: of ``"leaky_relu"``.
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"winograd"``,
-            ``"winograd_3x3"`` or ``"winograd_2x2"`` (phases of up to 3x3 taps), ``"grouped"`` (phases 3 wide, groups of few channels),
-            ``"merged"`` (phases as columns of one product), ``"depthwise"``, ``"pixel"`` (inputs of one pixel),
-            ``"bf16"`` (operands rounded to bfloat16) or ``"torch"``.
+            ``"winograd_3x3"`` or ``"winograd_2x2"`` (phases of up to 3x3 taps), ``"grouped"`` (phases 3 wide, groups
+            of few channels), ``"merged"`` (phases as columns of one product), ``"depthwise"``, ``"pixel"`` (inputs of
+            one pixel), ``"bf16"`` (operands rounded to bfloat16) or ``"torch"``, which ``"auto"`` leaves strides above
+            1 in groups of less than 16 outputs to.
 
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format, with

@@ -34,7 +34,36 @@ class Function(nn.Module):
         return self.last(self.function(self.first(x)))
 
 
+class Skip(nn.Sequential):
+    def forward(self, x):
+        return F.relu(x + super().forward(x))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 12, 3, 2, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.weight, None, 2, padding=1, dilation=(2, 1))
+
+
 STEPS = {
+    "transposed": nn.ConvTranspose2d(12, 12, 2, 2),
+    "transposed_norm": nn.Sequential(
+        nn.ConvTranspose2d(12, 12, (4, 3), 2, 1, (0, 1), 1, False), nn.BatchNorm2d(12), nn.ReLU()
+    ),
+    "transposed_groups": nn.Sequential(
+        nn.ConvTranspose2d(12, 40, 3, 1, 1), nn.ConvTranspose2d(40, 32, 4, 2, 1, groups=2), nn.Conv2d(32, 12, 1)
+    ),
+    "transposed_depthwise": nn.Sequential(nn.ConvTranspose2d(12, 12, 4, 2, 1, groups=12), nn.BatchNorm2d(12)),
+    "transposed_winograd": nn.Sequential(
+        nn.ConvTranspose2d(12, 40, 4, 2, 1), nn.ConvTranspose2d(40, 40, 4, 2, 1), nn.SiLU(), nn.Conv2d(40, 12, 1)
+    ),
+    "transposed_add": nn.Sequential(
+        Skip(nn.ConvTranspose2d(12, 12, 3, 1, 1)), Skip(nn.ConvTranspose2d(12, 12, 5, 1, 2))
+    ),
+    "transposed_function": Functional(),
     "max_pool": nn.MaxPool2d(3, 2, 1),
     "max_pool_ceil": nn.MaxPool2d(2, 2, ceil_mode=True),
     "max_pool_dilated": nn.MaxPool2d((3, 2), (1, 2), (1, 0), dilation=2),
@@ -249,6 +278,28 @@ def test_numbers_that_make_no_program():
     with pytest.raises(RuntimeError, match="expected float32 of 4 dimensions"):
         torch.ops.fastcv.program_run(handle, [x[0]])
     torch.ops.fastcv.program_free(handle)
+
+
+def test_generator_of_one_pixel():
+    """As in DCGAN: the first layer's input is a vector, and every norm goes into the weights before it."""
+    torch.manual_seed(0)
+    layers = []
+    for c, k, stride, padding in ((20, 48, 1, 0), (48, 32, 2, 1)):
+        layers += [nn.ConvTranspose2d(c, k, 4, stride, padding, bias=False), nn.BatchNorm2d(k), nn.ReLU(True)]
+    model = nn.Sequential(*layers, nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Sigmoid()).eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    fast = fastcv.accelerate(model)
+    with torch.inference_mode():
+        for n in (2, 5, 1):
+            x = torch.randn(n, 20, 1, 1)
+            for _ in range(2):
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=2e-5)
+    (program,) = programs(fast)
+    assert len(program.listing.steps) == program.convolutions == 3
+    assert "transposed 4x4/2" in program_table(program, x)
 
 
 def test_profile_names_every_step():

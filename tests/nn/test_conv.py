@@ -46,6 +46,38 @@ def test_conv2d(options):
     assert repr(mine) == repr(theirs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=4, stride=2, padding=1),
+        dict(kernel_size=2, stride=2, bias=False),
+        dict(kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), output_padding=(1, 0), dilation=2),
+        dict(kernel_size=3, padding=1, groups=4),
+    ],
+)
+def test_conv_transpose2d(options):
+    torch.manual_seed(0)
+    theirs, mine = nn.ConvTranspose2d(8, 12, **options), fastcv.nn.ConvTranspose2d(8, 12, **options)
+    mine.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 8, 7, 6, requires_grad=True)
+    expected = theirs(x)
+    torch.testing.assert_close(mine(x), expected, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(mine(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine(x[0]), expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            mine(x, activation="relu", residual=expected), (2 * expected).relu(), rtol=1e-4, atol=1e-5
+        )
+        if options.get("stride") == 2:
+            size = [n + 1 for n in expected.shape[2:]]
+            torch.testing.assert_close(mine(x, output_size=size), theirs(x, output_size=size), rtol=1e-4, atol=1e-5)
+    v = torch.randn_like(expected)
+    ours = torch.autograd.grad((mine(x) * v).sum(), [x, *mine.parameters()])
+    others = torch.autograd.grad((expected * v).sum(), [x, *theirs.parameters()])
+    torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-4)
+    assert repr(mine) == repr(theirs)
+
+
 def test_training_step_is_seen_by_inference():
     mine, theirs = pair(8, 8, 3, padding=1)
     x = torch.randn(1, 8, 9, 9)
