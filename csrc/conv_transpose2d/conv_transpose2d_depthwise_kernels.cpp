@@ -143,7 +143,10 @@ void run_row(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const Row
 }
 
 void copy_repeated(const float* from, int64_t channels, float* to) {
-  memcpy(to, from, size_t(channels) * sizeof(float));
+  for (int64_t i = 0; i < channels; i += L) {
+    const int n = int(min_of(L, channels - i));
+    store(to + i, n == L ? load(from + i) : load_first(from + i, n));
+  }
   for (int64_t i = 0; i < L; ++i) to[channels + i] = to[i];
 }
 
