@@ -13,7 +13,7 @@ from torch import nn
 from .. import ops
 from .._files import replacing
 from .._library import LIBRARY
-from ..ops.conv2d import KERNELS
+from ..ops.conv2d import KERNELS, forget_choices
 from ._steps import OPS
 
 LIBRARY.define(
@@ -88,6 +88,7 @@ def _apply(choices: list[dict]) -> None:
     for c in choices:
         geometry = (c["groups"], c["stride"], c["padding"], c["dilation"])
         torch.ops.fastcv.conv2d_choose(c["input"], c["weight"], *geometry, c["kernel"])
+    forget_choices()
 
 
 def _shapes(model: nn.Module, inputs, programs) -> list[dict]:

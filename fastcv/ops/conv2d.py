@@ -86,6 +86,69 @@ def conv2d(
                 [1., 4., 1.],
                 [0., 1., 0.]])
     """
+    options = (stride, padding, dilation, groups, activation, kernel)
+    key = _key(input, weight, bias, residual, options) if scale is None and shift is None else None
+    geometry = _checked.get(key)
+    if geometry is None:
+        geometry = _check(input, weight, bias, residual, scale, shift, *options)
+        if scale is not None:
+            weight = weight * scale[:, None, None, None]
+            bias = None if bias is None else bias * scale
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        if not _on_kernels(input, weight, bias, residual):
+            return reference.conv2d.conv2d(
+                input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
+            )
+        if _tracing():  # weights stand for others
+            return torch.ops.fastcv.conv2d(
+                input, weight, bias, residual, None, *geometry, activation, negative_slope, kernel
+            )
+        _remember(_checked, key, geometry)
+    if kernel == "auto":
+        kernel = _choose(input, weight, geometry)
+    rest = (*geometry, activation, negative_slope)
+    if kernel == "torch":
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *rest, "")
+    prepared = prepared_weight(weight, *geometry, kernel)
+    if needs_derivatives(input, weight, bias, residual):
+        return torch.ops.fastcv.conv2d(input, weight, bias, residual, prepared, *rest, kernel)
+    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
+        return torch.ops.fastcv.conv2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+
+
+# Checks and the choice of a kernel would take longer than a small layer: what they found is kept for calls alike.
+_checked: dict[tuple, tuple] = {}
+_chosen: dict[tuple, str] = {}
+_MOST_KEPT = 4096
+
+
+def _remember(kept: dict, key: tuple | None, value) -> None:
+    if key is not None:
+        if len(kept) >= _MOST_KEPT:
+            kept.clear()
+        kept[key] = value
+
+
+def _key(input, weight, bias, residual, options) -> tuple | None:
+    """What the checks look at, where it is short: for tensors that the compiled kernels take."""
+    try:
+        if _tracing() or not _on_kernels(input, weight, bias, residual):
+            return None
+        shapes = (input.shape, weight.shape, bias if bias is None else bias.shape)
+        key = (*shapes, residual if residual is None else residual.shape, *options)
+        hash(key)
+        return key
+    except (AttributeError, TypeError):  # not tensors, or options in lists
+        return None
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _check(input, weight, bias, residual, scale, shift, stride, padding, dilation, groups, activation, kernel) -> tuple:
+    """Raises where arguments do not fit; else groups, stride, padding and dilation as numbers."""
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
@@ -96,45 +159,31 @@ def conv2d(
         if vector is not None:
             check_floating(name, vector)
             check_shape(name, vector, (weight.shape[0],))
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("scale", scale),
-        ("shift", shift),
-        ("residual", residual),
-    ):
+    others = {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    for name, tensor in others.items():
         if tensor is not None:
             check_same_device(name, tensor, "input", input)
     check_one_of("activation", activation, ACTIVATIONS)
     check_one_of("kernel", kernel, ("auto", *KERNELS))
     stride, dilation = list(pair("stride", stride)), list(pair("dilation", dilation))
-    padding = _padding(padding, weight.shape[2:], stride, dilation)
-    if scale is not None:
-        weight = weight * scale[:, None, None, None]
-        bias = None if bias is None else bias * scale
-    if shift is not None:
-        bias = shift if bias is None else bias + shift
-    geometry = (groups, stride, padding, dilation)
-    if not _on_kernels(input, weight, bias, residual):
-        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
-    rest = (*geometry, activation, negative_slope)
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return torch.ops.fastcv.conv2d(input, weight, bias, residual, None, *rest, kernel)  # weights stand for others
-    if kernel == "auto":
-        kernel = _choose(input, weight, geometry)
-    if kernel == "torch":
-        return reference.conv2d.conv2d(input, weight, bias, residual, None, *rest, "")
-    prepared = prepared_weight(weight, *geometry, kernel)
-    if needs_derivatives(input, weight, bias, residual):
-        return torch.ops.fastcv.conv2d(input, weight, bias, residual, prepared, *rest, kernel)
-    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
-        return torch.ops.fastcv.conv2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+    return groups, stride, _padding(padding, weight.shape[2:], stride, dilation), dilation
 
 
 def _choose(input: Tensor, weight: Tensor, geometry) -> str:
     if weight.requires_grad and torch.is_grad_enabled():
         return "torch"
-    return KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
+    groups, stride, padding, dilation = geometry
+    key = (input.shape, weight.shape, groups, *stride, *padding, *dilation, torch.get_num_threads())
+    kernel = _chosen.get(key)
+    if kernel is None:
+        kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
+        _remember(_chosen, key, kernel)
+    return kernel
+
+
+def forget_choices() -> None:
+    """After the cost model was overruled (:func:`fastcv.tune`)."""
+    _chosen.clear()
 
 
 def _padding(padding, size, stride, dilation) -> list[int]:
@@ -150,8 +199,10 @@ def _padding(padding, size, stride, dilation) -> list[int]:
 
 def _on_kernels(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels take these."""
-    given = [t for t in tensors if t is not None]
-    return _compiled and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+    for t in tensors:  # a plain loop: all() would take a third of a small call
+        if t is not None and not (t.dtype is torch.float32 and t.is_cpu):
+            return False
+    return _compiled
 
 
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -165,12 +216,11 @@ def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kern
     kept = _prepared.get(weight)
     if kept is None or kept[0] != key:
         kept = _prepared[weight] = (key, {})
-    layouts = kept[1]
-    if (kernel, groups) not in layouts:
-        layouts[kernel, groups] = torch.ops.fastcv.conv2d_prepare(
-            weight.detach(), groups, stride, padding, dilation, kernel
-        )
-    return layouts[kernel, groups]
+    layout = kept[1].get((kernel, groups))
+    if layout is None:
+        layout = torch.ops.fastcv.conv2d_prepare(weight.detach(), groups, stride, padding, dilation, kernel)
+        kept[1][kernel, groups] = layout
+    return layout
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
