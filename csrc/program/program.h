@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -20,6 +19,7 @@
 
 #include "../conv2d/conv2d_kernels.h"
 #include "steps.h"
+#include "weight_blocks.h"
 
 namespace fastcv::program {
 
@@ -69,12 +69,10 @@ struct Program {
   const float* prepared(const Step& step, const Conv2dKernel& kernel, const Conv2dShape& shape);
 
  private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
   std::mutex mutex_;
+  WeightBlocks blocks_;
   // By kernel, weight, scale and groups: a layer that is used twice is prepared once.
-  std::map<std::tuple<const Conv2dKernel*, int64_t, int64_t, int64_t>, std::unique_ptr<float[], Free>> prepared_;
+  std::map<std::tuple<const Conv2dKernel*, int64_t, int64_t, int64_t>, float*> prepared_;
 };
 
 // Where the pixels of a value lie: in a buffer that is `channels` wide, from `channel` on.
