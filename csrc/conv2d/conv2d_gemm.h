@@ -71,11 +71,16 @@ Plan make_plan(const Conv2dShape& s) {
   const int64_t reach = resident * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
   const int64_t elements = p.depth * s.group_outputs() < 512 * 1024 ? kBlockElements : kLargeBlock;
   const int64_t pixels = max_of(12, min_of(kMostPixels, elements / max_of(1, reach)));
+  p.panels = ceil_div(s.group_outputs(), kPanel);
   p.blocks_x = ceil_div(columns, pixels);
+  // As much work for every thread: 17 blocks would leave one of two waiting for half a block.
+  const bool few = p.flat && s.images * s.groups * p.blocks_x < kEnoughTasks * 2 * s.threads;
+  if (few && (p.blocks_x > 1 || (p.panels % s.threads && p.panels < 4 * s.threads)))
+    p.blocks_x = min_of(ceil_div(p.blocks_x, s.threads) * s.threads, columns);
   p.block_w = ceil_div(columns, p.blocks_x);
+  p.blocks_x = ceil_div(columns, p.block_w);
   p.block_h = max_of(1, min_of(rows, pixels / p.block_w));
   p.blocks_y = ceil_div(rows, p.block_h);
-  p.panels = ceil_div(s.group_outputs(), kPanel);
   const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
   p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks * s.threads, max_of(1, blocks)));
   p.group_panels = ceil_div(p.panels, p.panel_groups);
