@@ -95,7 +95,7 @@ FASTCV_INLINE void sum_any(const Tile& t, int64_t c, int n, Vec<float> (&sum)[1]
 template <int R>
 FASTCV_INLINE void store_row(const Tile& t, int64_t y, int64_t c, int n, const Bounds& bounds, Vec<float> (&sum)[R]) {
   const Conv2d& conv = t.conv;
-  const int64_t step = conv.output.stride_x, residual_step = conv.residual.stride_x;
+  const int64_t step = conv.output.stride_x;
   float* output = pixel(conv.output, t.image, y, t.x0) + c;
   const float* residual = conv.residual.data ? pixel(conv.residual, t.image, y, t.x0) + c : nullptr;
   if (bounds.exact && n == L && t.valid == R && !residual) {  // as most are: nothing to ask for each pixel
@@ -104,12 +104,10 @@ FASTCV_INLINE void store_row(const Tile& t, int64_t y, int64_t c, int n, const B
     for (int r = 0; r < R; ++r) store(output + r * step, min(high, max(low, sum[r])));
     return;
   }
-  float sums[R * L];  // or the loop below would be unrolled, with all its activations
+  float sums[R * L];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) store(sums + r * L, sum[r]);
-#pragma GCC unroll 1
-  for (int r = 0; r < t.valid; ++r, output += step, residual += residual ? residual_step : 0)
-    finish(conv, load(sums + r * L), nullptr, residual, output, n);
+  finish_tile(conv, sums, t.valid, 1, n, residual, output);
 }
 
 template <int R, int P, int KW, int SW, class Outside>

@@ -151,6 +151,14 @@ void run_tile(const Tile& t) {
       for (int v = 0; v < NV; ++v) store(t.partial + r * kPanel + v * L, sum[r][v]);
     return;
   }
+  if (!t.bounds.exact || t.last != L) {
+    float sums[R * NV * L];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) store(sums + (r * NV + v) * L, sum[r][v]);
+    return finish_tile(*t.conv, sums, R, NV, (NV - 1) * L + t.last, t.residual, t.output);
+  }
   const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -158,12 +166,8 @@ void run_tile(const Tile& t) {
     float* output = t.output + r * t.output_step;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      if (t.bounds.exact && (v + 1 < NV || t.last == L)) {
-        if (residual) sum[r][v] += load(residual + v * L);
-        store(output + v * L, min(high, max(low, sum[r][v])));
-      } else {
-        finish(*t.conv, sum[r][v], nullptr, residual ? residual + v * L : nullptr, output + v * L, v + 1 < NV ? L : t.last);
-      }
+      if (residual) sum[r][v] += load(residual + v * L);
+      store(output + v * L, min(high, max(low, sum[r][v])));
     }
   }
 }
