@@ -41,6 +41,7 @@ CALLS = {
         (FEATURE, WEIGHT, None, RESIDUAL, None, 2, *GEOMETRY, "leaky_relu", 0.3, "gemm"),
     ],
     "conv2d_prepare": [(WEIGHT, 2, *GEOMETRY, "gemm")],
+    "conv2d_input_gradient": [(torch.randn(2, 3, 10, 7), torch.randn(3, 5, 3, 4), [1, 2], "gemm")],
     "conv2d_kernel": [(FEATURE, WEIGHT, 2, *GEOMETRY)],
     "null": [(FEATURE,)],
     "nms": [(BOXES, SCORES, 0.4, False), (BOXES, SCORES, 0.4, True)],

@@ -3,14 +3,16 @@
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
 Other types and devices run on torch's convolution, followed by the epilogue.
 
-Weights that are being trained (that need a gradient, with gradients enabled) change too often to be laid out, and run
-on torch's convolution. All others are laid out for their kernel once, and kept while the weight tensor lives and is not
-changed: an optimiser's step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through
-``.data`` or NumPy is not.
+Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's
+step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data`` or NumPy is not.
+Weights that are being trained (that need a gradient, with gradients enabled) change at every step: they are laid out at
+each call and not kept, where the convolution gains more than that takes (3x3, stride 1, pixels enough), and run on
+torch's convolution elsewhere. So does the gradient of the input; those of weight and bias are always torch's.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -32,6 +34,10 @@ define(
     reference.conv2d.conv2d,
 )
 define(f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor", reference.conv2d.conv2d_prepare)
+define(
+    "conv2d_input_gradient(Tensor grad, Tensor weight, SymInt[2] padding, str kernel) -> Tensor",
+    reference.conv2d.conv2d_input_gradient,
+)
 define(f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", reference.conv2d.conv2d_kernel)
 _compiled = implementation("conv2d", "cpu") == "compiled"
 
@@ -106,6 +112,8 @@ def conv2d(
             )
         _remember(_checked, key, geometry)
     if kernel == "auto":
+        if weight.requires_grad and torch.is_grad_enabled():
+            return _train(input, weight, bias, residual, geometry, activation, negative_slope)
         kernel = _choose(input, weight, geometry)
     rest = (*geometry, activation, negative_slope)
     if kernel == "torch":
@@ -170,8 +178,6 @@ def _check(input, weight, bias, residual, scale, shift, stride, padding, dilatio
 
 
 def _choose(input: Tensor, weight: Tensor, geometry) -> str:
-    if weight.requires_grad and torch.is_grad_enabled():
-        return "torch"
     groups, stride, padding, dilation = geometry
     key = (input.shape, weight.shape, groups, *stride, *padding, *dilation, torch.get_num_threads())
     kernel = _chosen.get(key)
@@ -242,6 +248,90 @@ def _(weight, groups, stride, padding, dilation, kernel):
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
+@torch.library.register_fake("fastcv::conv2d_input_gradient", lib=LIBRARY)
+def _(grad, weight, padding, kernel):
+    size = [n + k - 1 - 2 * p for n, k, p in zip(grad.shape[2:], weight.shape[2:], padding, strict=True)]
+    memory_format = torch._prims_common.suggest_memory_format(grad)
+    return grad.new_empty((grad.shape[0], weight.shape[1], *size)).contiguous(memory_format=memory_format)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+# A kernel must win by more than the model of _training_kernel can be off.
+_MARGIN = 0.8
+
+
+@functools.lru_cache(maxsize=4096)
+def _training_kernel(
+    images: int,
+    channels: int,
+    outputs: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    transposed: bool,
+    threads: int,
+) -> str:
+    """Kernel of a 3x3 convolution with stride 1 whose weights are used once; ``height`` and ``width`` of its output.
+
+    A model of its time in units of 20 ps of one core, in which torch multiplies and adds once (Zen 4; cores that take
+    longer do so for all terms):
+
+    * torch: 9 for each pixel and pair of channels;
+    * Winograd: 1.25 (2 x 2: 1.05) times (M + 2)^2 for each tile and pair of channels, and the transforms of
+      (M + 2)^2 elements, 7 for each channel and output;
+    * weights of a pair of channels: 1800 to lay out for tiles of 4 x 4, 900 for 2 x 2, and 900 to transpose;
+    * contiguous memory: 60 for each number of input and output;
+    * 100 us for an operator and its derivative in Python.
+    """
+    pixels, lanes = images * height * width, [16 * -(-n // 16) for n in (channels, outputs)]
+    best, kernel = _MARGIN * 9 * pixels * channels * lanes[1] / threads, "torch"
+    moved = 0 if channels_last else 60 * pixels * (channels + outputs)
+    for name, m, rate, layout in (("winograd", 4, 1.25, 1800), ("winograd_2x2", 2, 1.05, 900)):
+        elements = images * -(-height // m) * -(-width // m) * (m + 2) ** 2
+        products = rate * elements * (channels * lanes[1] + 7 * sum(lanes))
+        weights = (layout + 900 * transposed) * channels * outputs
+        cost = (products + weights + moved) / threads + 5e6
+        if cost < best:
+            best, kernel = cost, name
+    return kernel
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _train(input: Tensor, weight: Tensor, bias, residual, geometry, activation: str, slope: float) -> Tensor:
+    """The activation stays outside of the operator, whose derivative would compute the convolution again for it."""
+    kernel = "torch"
+    groups, stride, padding, dilation = geometry
+    if groups == 1 and stride == dilation == [1, 1] and weight.shape[2:] == (3, 3):
+        size = [n + 2 * p - 2 for n, p in zip(input.shape[2:], padding, strict=True)]
+        shape = (*input.shape[:2], weight.shape[0], *size)
+        kernel = _training_kernel(*shape, _is_channels_last(input), False, torch.get_num_threads())
+    if kernel == "torch":
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, slope, "")
+    result = torch.ops.fastcv.conv2d(input, weight, bias, None, None, *geometry, "none", 0.0, kernel)
+    if residual is not None:
+        result = result + residual
+    return reference.conv2d.ACTIVATIONS[activation](result, slope)
+
+
+def _input_gradient_kernel(grad: Tensor, weight: Tensor, geometry) -> str:
+    """Kernel of the gradient of the input, ``"torch"`` for ``convolution_backward``."""
+    groups, stride, padding, dilation = geometry
+    if not (groups == 1 and list(stride) == list(dilation) == [1, 1] and tuple(weight.shape[2:]) == (3, 3)):
+        return "torch"
+    # A transform or a tracer has rules for torch's operators.
+    plain = torch._C._functorch.peek_interpreter_stack() is None and type(grad) in (Tensor, torch.nn.Parameter)
+    if not plain or torch.compiler.is_compiling() or max(padding) > 2 or not _on_kernels(grad, weight):
+        return "torch"
+    size = [n + 2 - 2 * p for n, p in zip(grad.shape[2:], padding, strict=True)]
+    shape = (*grad.shape[:2], weight.shape[1], *size)
+    return _training_kernel(*shape, _is_channels_last(grad), True, torch.get_num_threads())
+
+
 # ---- derivatives ---------------------------------------------------------------------------------
 
 
@@ -284,12 +374,19 @@ def _backward(ctx, grad):
     if ctx.activation != "none":
         grad = grad * _slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
     mask = [needs[0], needs[1], bias is not None and needs[2]]
-    sizes = None if bias is None else list(bias.shape)
-    gradients = torch.ops.aten.convolution_backward(
-        grad, input, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask
-    )
-    gradients = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
-    return *gradients, grad if needs[3] else None, *[None] * 8
+    kernel = _input_gradient_kernel(grad, weight, ctx.geometry) if needs[0] else "torch"
+    d_input = None if kernel == "torch" else torch.ops.fastcv.conv2d_input_gradient(grad, weight, padding, kernel)
+    mask[0] = needs[0] and d_input is None
+    d_others = [None] * 3
+    if any(mask):
+        sizes = None if bias is None else list(bias.shape)
+        gradients = torch.ops.aten.convolution_backward(
+            grad, input, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        d_others = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
+    if d_input is not None:
+        d_others[0] = d_input
+    return *d_others, grad if needs[3] else None, *[None] * 8
 
 
 def _jvp(ctx, *tangents):
@@ -310,3 +407,41 @@ def _jvp(ctx, *tangents):
 
 
 register_autograd("conv2d", setup_context=_setup, backward=_backward, jvp=_jvp)
+
+
+def _setup_input_gradient(ctx, inputs, output):
+    grad, weight, ctx.padding, ctx.kernel = inputs
+    ctx.save_for_backward(grad, weight)
+    ctx.save_for_forward(grad, weight)
+
+
+def _backward_input_gradient(ctx, cotangent):
+    """Linear in both arguments; of the first it is the convolution's transpose."""
+    grad, weight = ctx.saved_tensors
+    d_grad = d_weight = None
+    if ctx.needs_input_grad[0]:
+        geometry = (1, [1, 1], ctx.padding, [1, 1])
+        d_grad = torch.ops.fastcv.conv2d(cotangent, weight, None, None, None, *geometry, "none", 0.0, ctx.kernel)
+    if ctx.needs_input_grad[1]:
+        _, d_weight, _ = torch.ops.aten.convolution_backward(
+            grad, cotangent, weight, None, [1, 1], ctx.padding, [1, 1], False, [0, 0], 1, [False, True, False]
+        )
+    return d_grad, d_weight, None, None
+
+
+def _jvp_input_gradient(ctx, d_grad, d_weight, *_):
+    grad, weight = ctx.saved_tensors
+    terms = []
+    if d_grad is not None:
+        terms.append(torch.ops.fastcv.conv2d_input_gradient(d_grad, weight, ctx.padding, ctx.kernel))
+    if d_weight is not None:
+        terms.append(torch.ops.fastcv.conv2d_input_gradient(grad, d_weight, ctx.padding, ctx.kernel))
+    return sum(terms[1:], terms[0])
+
+
+register_autograd(
+    "conv2d_input_gradient",
+    setup_context=_setup_input_gradient,
+    backward=_backward_input_gradient,
+    jvp=_jvp_input_gradient,
+)
