@@ -13,28 +13,51 @@ namespace {
   Conv2dKernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                  \
                FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
 
-// Dilated ones fall into dilation x dilation ones of every dilation-th pixel.
+// Dilated ones fall into dilation x dilation ones of every dilation-th pixel, where they keep the size.
+template <int64_t Size>
 bool is_winograd(const Conv2dShape& s) {
-  const bool phases = s.dilation_h == s.pad_h && s.dilation_w == s.pad_w;
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+  const bool phases = 2 * s.pad_h == s.dilation_h * (Size - 1) && 2 * s.pad_w == s.dilation_w * (Size - 1);
+  return s.kernel_h == Size && s.kernel_w == Size && s.stride_h == 1 && s.stride_w == 1 &&
          ((s.dilation_h == 1 && s.dilation_w == 1) || phases) && s.groups == 1 && !s.input_norm;
 }
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
 
-// What tiles of m x m cost, in products of one pair of channels: the arithmetic or reading the weights, whichever takes
-// longer. From memory a weight takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more cores have less
-// memory each), from the last-level cache as long as 3.
-double winograd_cost(const Conv2dShape& s, int64_t m) {
-  const int64_t elements = (m + 2) * (m + 2);
-  const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
-  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + m - 1) / m) * ((wide + m - 1) / m);
-  const double products = double(tiles * elements);
-  const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
-  return std::max(products, double(elements) * (cached ? 3 : 12));
+double round_up(int64_t channels) { return double((channels + 15) / 16 * 16); }
+
+// Winograd's tiles, of m x m output pixels of r x r filters, by the number of their kernel.
+struct WinogradTile {
+  int64_t number, m, r;
+  bool fast;  // of Precision::fast alone
+};
+constexpr WinogradTile kWinogradTiles[] = {{1, 4, 3, false}, {5, 2, 3, false}, {8, 6, 3, true}, {9, 2, 5, false}, {10, 4, 5, true}};
+
+const WinogradTile* winograd_tile(const Conv2dKernel& kernel) {
+  for (const WinogradTile& tile : kWinogradTiles)
+    if (tile.number == kernel.number) return &tile;
+  return nullptr;
 }
 
-bool prefers_small_tiles(const Conv2dShape& s) { return winograd_cost(s, 2) < winograd_cost(s, 4); }
+// What a convolution costs, in products of one pair of channels. Transforming the input takes as long as about 8 products
+// with one channel for each of its elements (9 for tiles of 8 x 8), and storing sums and transforming them back as long as
+// 20 (22); a direct sum's store takes 2. Reading the weights comes after that, or before where it takes longer. From memory
+// one takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more cores have less memory each), from the
+// last-level cache as long as 3; prefetching hides half of it.
+double winograd_cost(const Conv2dShape& s, const WinogradTile& tile) {
+  const int64_t elements = (tile.m + tile.r - 1) * (tile.m + tile.r - 1);
+  const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
+  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + tile.m - 1) / tile.m) * ((wide + tile.m - 1) / tile.m);
+  const double channels = double(s.channels), effort = elements == 64 ? 1.1 : 1;
+  const double transforms = 8 * effort * round_up(s.channels) / channels / round_up(s.out_channels) + 20 * effort / channels;
+  const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
+  const double products = double(tiles * elements) * (1 + transforms), reading = double(elements) * (cached ? 3 : 12);
+  return std::max(products, reading) + reading / 2;
+}
+
+double direct_cost(const Conv2dShape& s) {
+  const double elements = double(s.kernel_h * s.kernel_w);
+  return double(s.images * s.out_height * s.out_width) * elements * (1 + 2 / double(s.channels));
+}
 
 // In the order of preference: the first that serves a shape is chosen.
 const std::vector<Conv2dKernel>& kernels() {
@@ -42,8 +65,11 @@ const std::vector<Conv2dKernel>& kernels() {
       FASTCV_KERNEL(2, depthwise, is_depthwise),
       FASTCV_KERNEL(3, grouped, FASTCV_PICK(conv2d_grouped_serves)),
       FASTCV_KERNEL(6, gemv, FASTCV_PICK(conv2d_gemv_serves)),
-      FASTCV_KERNEL(5, winograd_2x2, is_winograd),
-      FASTCV_KERNEL(1, winograd, is_winograd),
+      FASTCV_KERNEL(5, winograd_2x2, is_winograd<3>),
+      FASTCV_KERNEL(1, winograd, is_winograd<3>),
+      FASTCV_KERNEL(8, winograd_6x6, is_winograd<3>),
+      FASTCV_KERNEL(9, winograd_5x5, is_winograd<5>),
+      FASTCV_KERNEL(10, winograd_5x5_4x4, is_winograd<5>),
       FASTCV_KERNEL(7, bf16, [](const Conv2dShape&) { return true; }),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
@@ -97,28 +123,40 @@ static bool has_bf16() {
 #endif
 }
 
-const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision) {
-  const Conv2dKernel* kernel = conv2d_kernel(name, shape);
-  if (name != "auto" || !kernel) return kernel;
-  const bool winograd = kernel->number == 1 || kernel->number == 5;
-  if (precision == Precision::highest && winograd) return conv2d_kernel("gemm", shape);
-  // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
-  // Where pixels have few channels, rounding them takes as long as it saves.
-  if (precision == Precision::bfloat16 && has_bf16() && shape.group_channels() >= 16 && (kernel->number == 0 || kernel->number == 5))
-    return conv2d_kernel("bf16", shape);
-  return kernel;
+// The first that serves the shape, and of Winograd's the one that costs least, where that is less than the direct sum. What
+// costs exactness must promise to be a tenth faster.
+static const Conv2dKernel* cheapest(const Conv2dShape& shape, bool with_winograd, bool fast) {
+  const Conv2dKernel* best = nullptr;
+  double least = 0;
+  for (const Conv2dKernel& kernel : kernels()) {
+    if (kernel.number == 7 || !kernel.serves(shape)) continue;  // bfloat16 only where it is asked for
+    const WinogradTile* tile = winograd_tile(kernel);
+    if (!tile) return best ? best : &kernel;
+    if (!with_winograd || (tile->fast && !fast)) continue;
+    const double cost = winograd_cost(shape, *tile) * (tile->fast ? 1.1 : 1), limit = best ? least : direct_cost(shape);
+    if (cost < limit) best = &kernel, least = cost;
+  }
+  return best;
 }
 
-const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape) {
-  if (name == "auto")
-    if (const Conv2dKernel* kernel = chosen(shape)) return kernel;
-  for (const Conv2dKernel& kernel : kernels())
-    if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) {
-      if (name == "auto" && kernel.number == 7) continue;  // only where it is asked for
-      if (name == "auto" && kernel.number == 5 && !prefers_small_tiles(shape)) continue;
-      return &kernel;
-    }
-  return nullptr;
+const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision) {
+  if (name != "auto") {
+    for (const Conv2dKernel& kernel : kernels())
+      if (name == kernel.name && kernel.serves(shape)) return &kernel;
+    return nullptr;
+  }
+  const bool fast = precision == Precision::fast;
+  const Conv2dKernel* kernel = cheapest(shape, precision != Precision::highest, fast);
+  const WinogradTile* tile = kernel ? winograd_tile(*kernel) : nullptr;
+  if (tile && tile->fast) return kernel;  // measured choices know nothing of these
+  if (const Conv2dKernel* measured = chosen(shape))
+    if (precision != Precision::highest || !winograd_tile(*measured)) kernel = measured;
+  // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
+  // Where pixels have few channels, rounding them takes as long as it saves.
+  if (precision == Precision::bfloat16 && kernel && (kernel->number == 0 || kernel->number == 5) && has_bf16() &&
+      shape.group_channels() >= 16)
+    return conv2d_kernel("bf16", shape);
+  return kernel;
 }
 
 bool set_output_size(Conv2dShape& s) {

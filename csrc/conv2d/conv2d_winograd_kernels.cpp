@@ -22,6 +22,7 @@
 // tiles of a product prefetch the next one's U.
 #include "conv2d_epilogue.h"
 #include "conv2d_tile.h"
+#include "conv2d_winograd_transforms.h"
 
 namespace fastcv::FASTCV_ISA {
 namespace {
@@ -38,30 +39,32 @@ struct Plan {
   int64_t block, blocks;            // tiles of a task, blocks of an image
   int64_t panels, panel_groups, group_panels;
   int64_t row;                      // floats from one element of V to the next: channels, and what keeps cache sets apart
+  int64_t v_step, m_step;           // floats from one tile's V and M to the next's
 };
 
-// Output pixels, input pixels and products of a tile, along an axis and in all.
-template <int M>
-constexpr int64_t kPatch = M + 2;
-template <int M>
-constexpr int64_t kElements = (M + 2) * (M + 2);
+// Input pixels of a tile along an axis, and products in all.
+template <int M, int R>
+constexpr int kPatch = M + R - 1;
+template <int M, int R>
+constexpr int kElements = kPatch<M, R> * kPatch<M, R>;
 
 // Cycles, about: transforming the input, then for each panel reading U from the last-level cache at 32 bytes a cycle, the
 // products, and transforming back.
-template <int M>
+template <int M, int R>
 double task_cost(const Conv2dShape& s, int64_t block, int64_t panels) {
-  const double elements = double(kElements<M>), channels = double(s.channels), tiles = double(block);
+  const double elements = double(kElements<M, R>), channels = double(s.channels), tiles = double(block);
   const double u = channels * kPanel * 4 * elements / 32, product = channels * kPanelVectors * elements;
   return tiles * channels / L * 7 * elements + double(panels) * (u + tiles * (product + 28 * elements));
 }
 
-template <int M>
+template <int M, int R>
 Plan make_plan(const Conv2dShape& s) {
   Plan p{};
   p.tiles_y = ceil_div(ceil_div(s.out_height, s.dilation_h), M), p.tiles_x = ceil_div(ceil_div(s.out_width, s.dilation_w), M);
   p.phase_tiles = p.tiles_y * p.tiles_x;
   p.tiles = s.dilation_h * s.dilation_w * p.phase_tiles;
   p.row = ceil_div(s.channels, L) * L + L;
+  p.v_step = kElements<M, R> * p.row + L, p.m_step = kElements<M, R> * kPanel + L;
   p.panels = ceil_div(s.out_channels, kPanel);
   const int64_t weights = s.channels * p.panels * kPanel;  // of each element
   const int64_t most = weights <= 64 * 64 ? 12 : weights <= 256 * 256 ? 24 : 48, least = ceil_div(p.tiles, most);
@@ -70,7 +73,7 @@ Plan make_plan(const Conv2dShape& s) {
     for (int64_t groups = 1; groups <= p.panels; ++groups) {
       const int64_t block = ceil_div(p.tiles, blocks), group_panels = ceil_div(p.panels, groups);
       const int64_t tasks = s.images * ceil_div(p.tiles, block) * ceil_div(p.panels, group_panels);
-      const double cost = double(ceil_div(tasks, s.threads)) * task_cost<M>(s, block, group_panels);
+      const double cost = double(ceil_div(tasks, s.threads)) * task_cost<M, R>(s, block, group_panels);
       if (best == 0 || cost < 0.99 * best)
         best = cost, p.block = block, p.group_panels = group_panels;
       if (tasks > 64 * s.threads) break;  // even enough
@@ -82,71 +85,41 @@ Plan make_plan(const Conv2dShape& s) {
 
 // ---- transforms ------------------------------------------------------------------------------------------------------
 
-// B^T d for one line of a patch.
-FASTCV_INLINE void transform_input(const Vec<float> (&d)[6], Vec<float>* out, int64_t step) {
-  const Vec<float> a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
-  out[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  out[step] = a + b;
-  out[2 * step] = a - b;
-  out[3 * step] = c + e;
-  out[4 * step] = c - e;
-  out[5 * step] = 4.0f * d[1] - 5.0f * d[3] + d[5];
-}
-FASTCV_INLINE void transform_input(const Vec<float> (&d)[4], Vec<float>* out, int64_t step) {
-  out[0] = d[0] - d[2];
-  out[step] = d[1] + d[2];
-  out[2 * step] = d[2] - d[1];
-  out[3 * step] = d[1] - d[3];
-}
-
-// A^T m for one line.
-FASTCV_INLINE void transform_output(const Vec<float> (&m)[6], Vec<float>* out, int64_t step) {
-  const Vec<float> a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
-  out[0] = m[0] + a + c;
-  out[step] = b + 2.0f * d;
-  out[2 * step] = a + 4.0f * c;
-  out[3 * step] = b + 8.0f * d + m[5];
-}
-FASTCV_INLINE void transform_output(const Vec<float> (&m)[4], Vec<float>* out, int64_t step) {
-  out[0] = m[0] + m[1] + m[2];
-  out[step] = m[1] - m[2] - m[3];
-}
-
 // V of one tile: [element][row].
-template <int M>
+template <int M, int R>
 void transform_patch(const Conv2d& conv, const Plan& p, int64_t image, int64_t tile, float* v) {
   const Conv2dShape& s = conv.shape;
   const int64_t y0 = tile / p.tiles_x * M - s.pad_h, x0 = tile % p.tiles_x * M - s.pad_w;
   const float* origin = conv.input.data + image * conv.input.stride_n;
-  const float* at[kElements<M>];  // null outside the map
-  for (int64_t i = 0; i < kPatch<M>; ++i)
-    for (int64_t j = 0; j < kPatch<M>; ++j) {
+  const float* at[kElements<M, R>];  // null outside the map
+  for (int64_t i = 0; i < kPatch<M, R>; ++i)
+    for (int64_t j = 0; j < kPatch<M, R>; ++j) {
       const int64_t y = y0 + i, x = x0 + j;
       const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-      at[i * kPatch<M> + j] = inside ? origin + y * conv.input.stride_y + x * conv.input.stride_x : nullptr;
+      at[i * kPatch<M, R> + j] = inside ? origin + y * conv.input.stride_y + x * conv.input.stride_x : nullptr;
     }
   for (int64_t c = 0; c < s.channels; c += L) {
     const int n = int(min_of(L, s.channels - c));
-    Vec<float> half[kElements<M>];  // B^T d
-    for (int64_t j = 0; j < kPatch<M>; ++j) {
-      Vec<float> d[kPatch<M>];
-      for (int64_t i = 0; i < kPatch<M>; ++i) {
-        const float* pixel = at[i * kPatch<M> + j];
+    Vec<float> half[kElements<M, R>];  // B^T d
+    for (int64_t j = 0; j < kPatch<M, R>; ++j) {
+      Vec<float> d[kPatch<M, R>];
+      for (int64_t i = 0; i < kPatch<M, R>; ++i) {
+        const float* pixel = at[i * kPatch<M, R> + j];
         d[i] = !pixel ? Vec<float>{} : n == L ? load(pixel + c) : load_first(pixel + c, n);
       }
-      transform_input(d, half + j, kPatch<M>);
+      transform_input(d, half + j, kPatch<M, R>);
     }
-    for (int64_t i = 0; i < kPatch<M>; ++i) {
-      Vec<float> d[kPatch<M>], out[kPatch<M>];
-      for (int64_t j = 0; j < kPatch<M>; ++j) d[j] = half[i * kPatch<M> + j];
+    for (int64_t i = 0; i < kPatch<M, R>; ++i) {
+      Vec<float> d[kPatch<M, R>], out[kPatch<M, R>];
+      for (int64_t j = 0; j < kPatch<M, R>; ++j) d[j] = half[i * kPatch<M, R> + j];
       transform_input(d, out, 1);
-      for (int64_t j = 0; j < kPatch<M>; ++j) store(v + (i * kPatch<M> + j) * p.row + c, out[j]);
+      for (int64_t j = 0; j < kPatch<M, R>; ++j) store(v + (i * kPatch<M, R> + j) * p.row + c, out[j]);
     }
   }
 }
 
 // The pixels of one tile from its products m, [element][vectors * L], for the channels of one panel.
-template <int M>
+template <int M, int R>
 void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t tile, int64_t channel, int vectors,
                     const float* m) {
   const Conv2dShape& s = conv.shape;
@@ -156,17 +129,17 @@ void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t ti
   const int64_t rows = min_of(M, s.out_height - y0), columns = min_of(M, s.out_width - x0);
   for (int64_t c = channel; vectors--; c += L, m += L) {
     const int n = int(min_of(L, s.out_channels - c));
-    Vec<float> half[M * kPatch<M>];  // A^T m
-    for (int64_t j = 0; j < kPatch<M>; ++j) {
-      Vec<float> line[kPatch<M>];
-      for (int64_t i = 0; i < kPatch<M>; ++i) line[i] = load(m + (i * kPatch<M> + j) * kPanel);
-      transform_output(line, half + j, kPatch<M>);
+    Vec<float> half[M * kPatch<M, R>];  // A^T m
+    for (int64_t j = 0; j < kPatch<M, R>; ++j) {
+      Vec<float> line[kPatch<M, R>];
+      for (int64_t i = 0; i < kPatch<M, R>; ++i) line[i] = load(m + (i * kPatch<M, R> + j) * kPanel);
+      transform_output<M>(line, half + j, kPatch<M, R>);
     }
     const Vec<float> bias = !conv.bias ? Vec<float>{} : n == L ? load(conv.bias + c) : load_first(conv.bias + c, n);
     for (int64_t i = 0; i < rows; ++i) {
-      Vec<float> line[kPatch<M>], out[M];
-      for (int64_t j = 0; j < kPatch<M>; ++j) line[j] = half[i * kPatch<M> + j];
-      transform_output(line, out, 1);
+      Vec<float> line[kPatch<M, R>], out[M];
+      for (int64_t j = 0; j < kPatch<M, R>; ++j) line[j] = half[i * kPatch<M, R> + j];
+      transform_output<M>(line, out, 1);
       float* output = pixel(conv.output, image, y0 + i, x0) + c;
       const float* residual = conv.residual.data ? pixel(conv.residual, image, y0 + i, x0) + c : nullptr;
       for (int64_t j = 0; j < columns; ++j) {
@@ -184,18 +157,27 @@ void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t ti
 
 // ---- products --------------------------------------------------------------------------------------------------------
 
+// Channels are summed in chunks and chunks then, so that rounding errors do not grow with the square root of their number.
+constexpr int64_t kChunk = 128;
+
 // M of R tiles for one element and panel.
 template <int R, int NV>
 void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step, bool last) {
-  Vec<float> sum[R][NV] = {};
-  if (last)
-    accumulate<true>(sum, v, v_step, channels, u, channels);
-  else
-    accumulate<false>(sum, v, v_step, channels, u);
+  for (int64_t c = 0; c < channels; c += kChunk) {
+    Vec<float> sum[R][NV] = {};
+    const int64_t depth = min_of(kChunk, channels - c);
+    if (last)
+      u = accumulate<true>(sum, v + c, v_step, depth, u, channels);
+    else
+      u = accumulate<false>(sum, v + c, v_step, depth, u);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) store(m + r * m_step + i * L, sum[r][i]);
+      for (int i = 0; i < NV; ++i) {
+        float* at = m + r * m_step + i * L;
+        store(at, c ? load(at) + sum[r][i] : sum[r][i]);
+      }
+  }
 }
 
 template <int R, int NV>
@@ -228,13 +210,13 @@ void multiply_vectors(int vectors, int64_t tiles, const float* v, int64_t v_step
   }
 }
 
-// A convolution with dilation d and padding d is d x d convolutions without, each of every d-th pixel: phase (i, j) of the
+// A convolution with dilation d that keeps the size is d x d convolutions without, each of every d-th pixel: phase (i, j) of the
 // input gives phase (i, j) of the output. The size of one:
 Conv2dShape phase_shape(const Conv2dShape& s, int64_t i, int64_t j) {
   Conv2dShape phase = s;
   phase.height = phase.out_height = ceil_div(s.height - i, s.dilation_h);
   phase.width = phase.out_width = ceil_div(s.width - j, s.dilation_w);
-  phase.pad_h = phase.pad_w = phase.dilation_h = phase.dilation_w = 1;
+  phase.pad_h = phase.pad_w = s.kernel_h / 2, phase.dilation_h = phase.dilation_w = 1;
   return phase;
 }
 
@@ -261,100 +243,80 @@ struct PhaseTile {
   }
 };
 
-template <int M>
+template <int M, int R>
 void run_task(const Conv2d& conv, const Plan& p, int64_t image, int64_t first, int64_t last, int64_t panel, int64_t end_panel,
               float* scratch) {
   const Conv2dShape& s = conv.shape;
-  const int64_t v_step = kElements<M> * p.row, m_step = kElements<M> * kPanel;
-  float *const v = scratch, *const m = scratch + p.block * v_step;
+    float *const v = scratch, *const m = scratch + p.block * p.v_step;
   for (int64_t t = first; t < last; ++t) {
     const PhaseTile at(conv, p, t);
-    transform_patch<M>(at.conv, p, image, at.tile, v + (t - first) * v_step);
+    transform_patch<M, R>(at.conv, p, image, at.tile, v + (t - first) * p.v_step);
   }
   for (; panel < end_panel; ++panel) {
     const int64_t channel = panel * kPanel;
     const int vectors = int(ceil_div(min_of(kPanel, s.out_channels - channel), L));
-    const float* u = conv.weight + channel * s.channels * kElements<M>;
-    for (int64_t e = 0; e < kElements<M>; ++e, u += s.channels * vectors * L)
-      multiply_vectors(vectors, last - first, v + e * p.row, v_step, s.channels, u, m + e * kPanel, m_step);
+    const float* u = conv.weight + channel * s.channels * kElements<M, R>;
+    for (int64_t e = 0; e < kElements<M, R>; ++e, u += s.channels * vectors * L)
+      multiply_vectors(vectors, last - first, v + e * p.row, p.v_step, s.channels, u, m + e * kPanel, p.m_step);
     for (int64_t t = first; t < last; ++t) {
       const PhaseTile at(conv, p, t);
-      transform_back<M>(at.conv, p, image, at.tile, channel, vectors, m + (t - first) * m_step);
+      transform_back<M, R>(at.conv, p, image, at.tile, channel, vectors, m + (t - first) * p.m_step);
     }
   }
 }
 
-// G g G^T for the filters of L output channels at once, g as [9][L] and u as [elements][L].
-template <int M>
-void transform_weights(const double (&g)[9][L], double (&u)[kElements<M>][L]) {
-  constexpr double kG4[6][3] = {{1 / 4., 0, 0},           {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
-                                {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
-  constexpr double kG2[4][3] = {{1, 0, 0}, {1 / 2., 1 / 2., 1 / 2.}, {1 / 2., -1 / 2., 1 / 2.}, {0, 0, 1}};
-  const auto& G = [&]() -> const auto& {
-    if constexpr (M == 4)
-      return kG4;
-    else
-      return kG2;
-  }();
-  double half[3 * kPatch<M>][L];
-  for (int i = 0; i < kPatch<M>; ++i)
-    for (int j = 0; j < 3; ++j)
-      for (int l = 0; l < L; ++l) half[3 * i + j][l] = G[i][0] * g[j][l] + G[i][1] * g[3 + j][l] + G[i][2] * g[6 + j][l];
-  for (int i = 0; i < kPatch<M>; ++i)
-    for (int j = 0; j < kPatch<M>; ++j)
-      for (int l = 0; l < L; ++l)
-        u[i * kPatch<M> + j][l] = half[3 * i][l] * G[j][0] + half[3 * i + 1][l] * G[j][1] + half[3 * i + 2][l] * G[j][2];
-}
-
-template <int M>
+template <int M, int R>
 void prepare(const Conv2dShape& s, const float* weight, float* prepared) {
   for (int64_t k0 = 0; k0 < s.out_channels; k0 += kPanel) {
     const int64_t columns = ceil_div(min_of(kPanel, s.out_channels - k0), L) * L;
     for (int64_t c = 0; c < s.channels; ++c)
       for (int64_t k = 0; k < columns; k += L) {
-        double g[9][L] = {}, u[kElements<M>][L];
+        double g[R * R][L] = {}, u[kElements<M, R>][L];
         for (int64_t l = 0; l < min_of(L, s.out_channels - k0 - k); ++l)
-          for (int64_t i = 0; i < 9; ++i) g[i][l] = weight[((k0 + k + l) * s.channels + c) * 9 + i];
-        transform_weights<M>(g, u);
-        for (int64_t e = 0; e < kElements<M>; ++e)
+          for (int64_t i = 0; i < R * R; ++i) g[i][l] = weight[((k0 + k + l) * s.channels + c) * R * R + i];
+        transform_weights<R, kPatch<M, R>, L>(g, u);
+        for (int64_t e = 0; e < kElements<M, R>; ++e)
           for (int64_t l = 0; l < L; ++l) prepared[(e * s.channels + c) * columns + k + l] = float(u[e][l]);
       }
-    prepared += kElements<M> * s.channels * columns;
+    prepared += kElements<M, R> * s.channels * columns;
   }
 }
 
-template <int M>
+template <int M, int R>
 int64_t count_tasks(const Conv2dShape& s) {
-  const Plan p = make_plan<M>(s);
+  const Plan p = make_plan<M, R>(s);
   return s.images * p.blocks * p.panel_groups;
 }
 
-template <int M>
+template <int M, int R>
 int64_t scratch_size(const Conv2dShape& s) {
-  const Plan p = make_plan<M>(s);
-  return p.block * kElements<M> * (p.row + kPanel);
+  const Plan p = make_plan<M, R>(s);
+  return p.block * (p.v_step + p.m_step);
 }
 
-template <int M>
+template <int M, int R>
 void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
-  const Plan p = make_plan<M>(conv.shape);
+  const Plan p = make_plan<M, R>(conv.shape);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = i % p.panel_groups, block = i / p.panel_groups % p.blocks, image = i / p.panel_groups / p.blocks;
-    run_task<M>(conv, p, image, block * p.block, min_of(p.tiles, (block + 1) * p.block), group * p.group_panels,
+    run_task<M, R>(conv, p, image, block * p.block, min_of(p.tiles, (block + 1) * p.block), group * p.group_panels,
                 min_of(p.panels, (group + 1) * p.group_panels), scratch);
   }
 }
 
 }  // namespace
 
-#define FASTCV_WINOGRAD(name, M)                                                                                          \
-  int64_t name##_weights(const Conv2dShape& s) { return kElements<M> * s.channels * ceil_div(s.out_channels, L) * L; }     \
-  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { prepare<M>(s, weight, prepared); }     \
-  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<M>(s); }                                                 \
-  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<M>(s); }                                              \
-  void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<M>(conv, begin, end, scratch); }
+#define FASTCV_WINOGRAD(name, M, R)                                                                                       \
+  int64_t name##_weights(const Conv2dShape& s) { return kElements<M, R> * s.channels * ceil_div(s.out_channels, L) * L; }  \
+  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { prepare<M, R>(s, weight, prepared); }  \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<M, R>(s); }                                              \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<M, R>(s); }                                           \
+  void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<M, R>(conv, begin, end, scratch); }
 
-FASTCV_WINOGRAD(conv2d_winograd, 4)
-FASTCV_WINOGRAD(conv2d_winograd_2x2, 2)
+FASTCV_WINOGRAD(conv2d_winograd, 4, 3)
+FASTCV_WINOGRAD(conv2d_winograd_2x2, 2, 3)
+FASTCV_WINOGRAD(conv2d_winograd_6x6, 6, 3)
+FASTCV_WINOGRAD(conv2d_winograd_5x5, 2, 5)
+FASTCV_WINOGRAD(conv2d_winograd_5x5_4x4, 4, 5)
 
 }  // namespace fastcv::FASTCV_ISA

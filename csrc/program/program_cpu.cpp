@@ -151,7 +151,7 @@ void check_step(const Program& program, const Step& step) {
 int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights, int64_t precision) {
   auto loaded = std::make_shared<Loaded>();
   Program& p = loaded->program;
-  STD_TORCH_CHECK(precision >= 0 && precision <= int64_t(Precision::bfloat16), "precision: ", precision);
+  STD_TORCH_CHECK(precision >= 0 && precision <= int64_t(Precision::fast), "precision: ", precision);
   p.precision = Precision(precision);
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weights: expected float32");

@@ -24,7 +24,10 @@ from .._library import LIBRARY, define, implementation
 from ._autograd import needs_derivatives, register_autograd
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
 
-KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16")
+KERNELS = (
+    *("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16"),
+    *("winograd_6x6", "winograd_5x5", "winograd_5x5_4x4"),
+)
 ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
 
 _GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
