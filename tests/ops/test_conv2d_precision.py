@@ -10,8 +10,8 @@ so that any scales of channels, outputs and distant pixels are harmless, and an 
 its tiles. A bound against sum |x| |w| of the output alone cannot hold: it may be zero where S is not.
 
 The form of these bounds follows from the arithmetic; the numbers c in _tolerance are about twice the largest errors
-seen in the cases here, not proven. Filters of one element and outliers are the worst. Relative to the largest output, the
-largest seen of torchvision's convolutions, with few outputs, are 2.3e-6 by default, 1.5e-5 for "fast", and 4.3e-6
+seen in the cases here, not proven. Filters of one element and outliers are the worst. Relative to the largest output,
+the largest seen of torchvision's convolutions, with few outputs, are 2.3e-6 by default, 1.5e-5 for "fast", and 4.3e-6
 without Winograd (sums of 18432 terms; most below 2e-6).
 """
 
@@ -121,8 +121,9 @@ def test_convolutions_of_torchvision():
 
 
 @pytest.mark.slow
-def test_every_convolution_of_torchvision():
-    assert list(_failures(_shapes(), 96, 64, 16)) == []
+@pytest.mark.parametrize("part", range(40))
+def test_every_convolution_of_torchvision(part):
+    assert list(_failures(list(_shapes())[part::40], 64, 40, 16)) == []
 
 
 CASES = [("gemm", 3), ("gemm", 5), *((name, r) for name, (_, r) in TILES.items())]
