@@ -30,7 +30,8 @@ struct WinogradTile {
   int64_t number, m, r;
   bool fast;  // of Precision::fast alone
 };
-constexpr WinogradTile kWinogradTiles[] = {{1, 4, 3, false}, {5, 2, 3, false}, {8, 6, 3, true}, {9, 2, 5, false}, {10, 4, 5, true}};
+constexpr WinogradTile kWinogradTiles[] = {
+    {1, 4, 3, false}, {5, 2, 3, false}, {8, 6, 3, true}, {9, 2, 5, false}, {10, 4, 5, true}};
 
 const WinogradTile* winograd_tile(const Conv2dKernel& kernel) {
   for (const WinogradTile& tile : kWinogradTiles)

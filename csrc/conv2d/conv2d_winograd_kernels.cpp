@@ -1,18 +1,33 @@
-// 3x3 convolution with stride 1 by Winograd's F(4x4, 3x3) and F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for
-// Convolutional Neural Networks", CVPR 2016).
+// 3x3 convolution with stride 1 by Winograd's F(4x4, 3x3), F(2x2, 3x3) and F(6x6, 3x3), and 5x5 by F(2x2, 5x5) and
+// F(4x4, 5x5) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016).
 //
-// A tile of M x M output pixels depends on (M+2) x (M+2) input pixels d. With the matrices B, G and A of the paper,
+// A tile of M x M output pixels of R x R filters depends on (M+R-1) x (M+R-1) input pixels d. With the matrices B, G and A
+// of the paper (conv2d_winograd_transforms.h),
 //     output = A^T [ (G g G^T) * (B^T d B) ] A,
 // where * multiplies element by element: for M = 4 36 products for each pair of channels instead of 144, for M = 2 16
-// instead of 36. Summed over input channels they are matrix products, one for each element e of a tile:
-// M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is prepared once. The points are 0, 1, -1, (2, -2) and
-// infinity; the error for M = 4 is about three times that of the direct sum.
+// instead of 36, for M = 6 64 instead of 324; of 5x5 36 instead of 100, 64 instead of 400. Summed over input channels they
+// are matrix products, one for each element e of a tile: M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is
+// prepared once. With patches of 8 x 8 (M = 6, and M = 4 of 5x5) errors are about ten times those of the direct sum, with
+// others of its size up to twice that.
 //
 // A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (for M = 4
 // 144 T C bytes), then for each panel multiplies and transforms back from M (144 T panel bytes). U of a layer (144 C K
 // bytes: 9 MB for 256 x 256) is read once for each block of tiles, from the last-level cache where it fits: T grows with U,
 // so that this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads share the work
 // evenly. Where a layer has few tiles (14x14 pixels: 16) tasks share them and divide the panels.
+//
+// On one core of Zen 4 (110 GFLOP/s), in GFLOP/s of the direct sum by processor time, two runs on a busy machine (the first
+// before channels were summed in chunks):
+//     F(4x4, 3x3), F(6x6, 3x3)    56x56                112x112              224x224 or 200x272
+//     64 -> 64                270-332, 258-359     263-281, 285-289     275-287, 296-309
+//     128 -> 128              310-331, 338-352     313-320, 347-368
+//     256 -> 256              357-358, 335-351     371-372, 428-441     370-373, 412-438
+//     512 -> 512              361-380, 371-392     (28x28: 316-346, 330-339; 14x14: 237, 157)
+// so tiles of 6x6 gain 2 to 19 percent on maps of 112 pixels and more, nothing reliable at 56, and lose on small ones. Blocks
+// of 6 to 36 tiles instead of those below change that by a few percent up to 256 channels; with 512 small blocks, which read
+// U more often, lose up to a third. 5x5, as many times as fast as the matrix product (one run):
+//     F(2x2, 5x5), F(4x4, 5x5)    64 -> 192 27x27: 2.0, 3.9      48 -> 64 35x35: 2.1, 3.9     128 -> 128 28x28: 2.1, 3.9
+//                                 48 -> 128 7x7: 1.6, 2.7        16 -> 32 28x28: 1.5, 2.6     3 -> 32 64x64: 0.6, 1.3
 //
 // Dilated convolutions are taken apart into phases without dilation, which pixel strides express.
 //

@@ -349,7 +349,7 @@ def test_wrong_precision_and_type():
     for precision in ("highest", "fast"):
         with pytest.raises(ValueError, match='expected "default", or in float32 "highest" or "fast"'):
             fastcv.accelerate(model, dtype=torch.bfloat16, precision=precision)
-    with pytest.raises(ValueError, match="precision: expected .* got 'faster'"):
+    with pytest.raises(ValueError, match=r"precision: expected .* got 'faster'"):
         fastcv.accelerate(model, precision="faster")
     with pytest.raises(ValueError, match=r"expected torch.float32 or torch.bfloat16, got torch.float16"):
         fastcv.accelerate(model, dtype=torch.float16)
