@@ -22,6 +22,8 @@ from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
 from .matrix_nms import matrix_nms
+from .max_pool2d import PooledIndices, max_pool2d
+from .max_unpool2d import max_unpool2d
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
@@ -54,6 +56,7 @@ __all__ = [
     "PSRoIPool",
     "PaddedDetections",
     "Permute",
+    "PooledIndices",
     "RoIAlign",
     "RoIPool",
     "SqueezeExcitation",
@@ -75,6 +78,8 @@ __all__ = [
     "generalized_box_iou_loss",
     "masks_to_boxes",
     "matrix_nms",
+    "max_pool2d",
+    "max_unpool2d",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
