@@ -49,4 +49,31 @@ inline Tensor with_vectors(const Tensor& t, MemoryFormat format) {
   return t.stride(side) == 1 || t.size(side) == 1 ? t : dense(t, format);
 }
 
+struct CoveringLists {
+  std::vector<Covering> list;
+  std::vector<int32_t> begin{0};
+
+  void end_of_one() { begin.push_back(int32_t(list.size())); }
+  Coverings view() const { return {list.data(), begin.data()}; }
+};
+
+// Of each pixel of an axis, the windows that cover it, ascending.
+inline CoveringLists windows_by_pixel(const PoolAxis& a) {
+  CoveringLists lists;
+  for (int64_t p = 0; p < a.input; ++p, lists.end_of_one())
+    for (int64_t o = std::min(a.output - 1, (p + a.padding) / a.stride); o >= 0 && p - a.start(o) <= (a.kernel - 1) * a.dilation; --o)
+      if ((p - a.start(o)) % a.dilation == 0)
+        lists.list.insert(lists.list.begin() + lists.begin.back(), {int32_t(o), int32_t((p - a.start(o)) / a.dilation)});
+  return lists;
+}
+
+// The same for pixels with (p + padding) % stride == r: windows (p + padding) / stride - m, ascending.
+inline CoveringLists windows_by_phase(const PoolAxis& a) {
+  CoveringLists lists;
+  for (int64_t r = 0; r < a.stride; ++r, lists.end_of_one())
+    for (int64_t j = a.kernel - 1; j >= 0; --j)
+      if (j * a.dilation % a.stride == r) lists.list.push_back({int32_t(j * a.dilation / a.stride), int32_t(j)});
+  return lists;
+}
+
 }  // namespace fastcv

@@ -48,9 +48,9 @@ FASTCV_EACH_ISA(
     // than into their windows, and the map is to be written again by max_unpool2d_anywhere.
     template <class T> int64_t max_unpool2d_contiguous(const MaxUnpool<T>& task, int64_t begin, int64_t end);
     template <class T> int64_t max_unpool2d_channels_last(const MaxUnpool<T>& task, int64_t begin, int64_t end);
-    // The reverse: from maps to windows, rows of windows.
-    template <class T> void max_unpool2d_gather_contiguous(const MaxUnpool<T>& task, int64_t begin, int64_t end);
-    template <class T> void max_unpool2d_gather_channels_last(const MaxUnpool<T>& task, int64_t begin, int64_t end);)
+    // The reverse, from maps to windows, rows of windows; which must not meet unless `sum`. Returns the same count.
+    template <class T> int64_t max_unpool2d_gather_contiguous(const MaxUnpool<T>& task, int64_t begin, int64_t end);
+    template <class T> int64_t max_unpool2d_gather_channels_last(const MaxUnpool<T>& task, int64_t begin, int64_t end);)
 
 namespace fastcv {
 
@@ -62,11 +62,11 @@ struct PlaneStrides {
 }  // namespace fastcv
 
 FASTCV_EACH_ISA(
-    // Channels begin <= c < end of one image, with indices of any kind pointing anywhere; each goes by the windows in
-    // reading order. Return the first index in reading order (c, oy, ox) that is no pixel of the map, or -1. Scratch: H * W
-    // sums for a type that is too coarse to add in; H * W owners for gathering.
+    // One channel of one image, with indices pointing anywhere; goes by the windows in reading order. Return the first
+    // window whose index is no pixel of the map, or -1. Scratch: H * W sums if `sum`; H * W owners for gathering, or null
+    // where no two windows have one pixel.
     template <class T> int64_t max_unpool2d_anywhere(const MaxUnpool<T>& task, PlaneStrides map, PlaneStrides windows,
-                                                     int64_t image, int64_t begin, int64_t end, accumulate_t<T>* sums);
+                                                     int64_t image, int64_t channel, accumulate_t<T>* sums);
     template <class T> int64_t max_unpool2d_gather_anywhere(const MaxUnpool<T>& task, PlaneStrides map,
-                                                            PlaneStrides windows, int64_t image, int64_t begin,
-                                                            int64_t end, int32_t* owners);)
+                                                            PlaneStrides windows, int64_t image, int64_t channel,
+                                                            int32_t* owners);)

@@ -52,33 +52,6 @@ std::tuple<Tensor, Tensor> max_pool2d_cpu(const Tensor& input_any, const Window 
   return {output, indices};
 }
 
-struct CoveringLists {
-  std::vector<Covering> list;
-  std::vector<int32_t> begin{0};
-
-  void end_of_one() { begin.push_back(int32_t(list.size())); }
-  Coverings view() const { return {list.data(), begin.data()}; }
-};
-
-// Of each pixel of an axis, the windows that cover it, ascending.
-CoveringLists windows_by_pixel(const PoolAxis& a) {
-  CoveringLists lists;
-  for (int64_t p = 0; p < a.input; ++p, lists.end_of_one())
-    for (int64_t o = std::min(a.output - 1, (p + a.padding) / a.stride); o >= 0 && p - a.start(o) <= (a.kernel - 1) * a.dilation; --o)
-      if ((p - a.start(o)) % a.dilation == 0)
-        lists.list.insert(lists.list.begin() + lists.begin.back(), {int32_t(o), int32_t((p - a.start(o)) / a.dilation)});
-  return lists;
-}
-
-// The same for pixels with (p + padding) % stride == r: windows (p + padding) / stride - m, ascending.
-CoveringLists windows_by_phase(const PoolAxis& a) {
-  CoveringLists lists;
-  for (int64_t r = 0; r < a.stride; ++r, lists.end_of_one())
-    for (int64_t j = a.kernel - 1; j >= 0; --j)
-      if (j * a.dilation % a.stride == r) lists.list.push_back({int32_t(j * a.dilation / a.stride), int32_t(j)});
-  return lists;
-}
-
 PlaneStrides plane_strides(MemoryFormat format, int64_t channels, int64_t pixels) {
   return format == MemoryFormat::ChannelsLast ? PlaneStrides{channels * pixels, 1, channels}
                                               : PlaneStrides{channels * pixels, pixels, 1};
@@ -89,34 +62,42 @@ struct Unpooling {
   MaxUnpool<T> task;
   MemoryFormat format;
 
+  int64_t windows() const { return task.images * task.channels * task.geometry.y.output * task.geometry.x.output; }
+
+  // Row by row; how many windows were found to point at a pixel of theirs.
+  template <class Kernel>
+  static int64_t rows(const Kernel& kernel, const MaxUnpool<T>& t, int64_t count, int64_t elements) {
+    std::atomic<int64_t> found{0};
+    parallel_for(count, pool_grain(elements), [&](int64_t begin, int64_t end) { found += kernel(t, begin, end); });
+    return found;
+  }
+
   // By the indices one by one; raises where one of them points outside.
-  template <class Kernel, class S>
-  void anywhere(const Kernel& kernel, int64_t scratch) const {
+  template <class S, class Kernel>
+  void anywhere(const Kernel& kernel, bool scratch) const {
     const PoolGeometry& g = task.geometry;
     const int64_t pixels = g.y.input * g.x.input, count = g.y.output * g.x.output, planes = task.images * task.channels;
     const PlaneStrides map = plane_strides(format, task.channels, pixels), windows = plane_strides(format, task.channels, count);
-    std::atomic<int64_t> bad{std::numeric_limits<int64_t>::max()};
-    parallel_for(planes, pool_grain(count), [&](int64_t begin, int64_t end) {
-      Scratch<S> own;
-      if (scratch) own = allocate_scratch<S>(size_t(scratch));
+    constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+    std::atomic<int64_t> bad{kNone};
+    parallel_for(planes, pool_grain(std::max(count, pixels)), [&](int64_t begin, int64_t end) {
+      const Scratch<S> own = scratch ? allocate_scratch<S>(size_t(pixels)) : Scratch<S>();
       for (int64_t plane = begin; plane < end; ++plane) {
-        const int64_t image = plane / task.channels, c = plane % task.channels;
-        const int64_t at = kernel(task, map, windows, image, c, c + 1, own.get());
-        if (at < 0) continue;
-        int64_t first = bad.load(), here = image * task.channels * count + at;
-        while (here < first && !bad.compare_exchange_weak(first, here)) {
+        const int64_t at = kernel(task, map, windows, plane / task.channels, plane % task.channels, own.get());
+        int64_t first = bad.load();
+        while (at >= 0 && plane * count + at < first && !bad.compare_exchange_weak(first, plane * count + at)) {
         }
       }
     });
-    const int64_t at = bad.load();
-    if (at == std::numeric_limits<int64_t>::max()) return;
-    const int64_t plane = at / count, p = at % count;
-    const auto s = plane_strides(format, task.channels, count);
-    const int64_t element = plane / task.channels * s.image + plane % task.channels * s.channel + p * s.pixel;
-    const int64_t value = task.flat ? task.flat[element] : int64_t(task.compact[element]);
-    STD_TORCH_CHECK(false, "indices: expected ", task.flat ? "pixels, 0 to " : "elements of their windows inside a map of ",
-                    task.flat ? pixels - 1 : pixels, task.flat ? "" : " pixels", ", got ", value, " at [",
-                    plane / task.channels, ", ", plane % task.channels, ", ", p / g.x.output, ", ", p % g.x.output, "]");
+    if (bad == kNone) return;
+    const int64_t image = bad / count / task.channels, c = bad / count % task.channels, p = bad % count;
+    const int64_t element = image * windows.image + c * windows.channel + p * windows.pixel;
+    if (task.flat)
+      STD_TORCH_CHECK(false, "indices: expected 0 to ", pixels - 1, ", got ", task.flat[element], " at [", image, ", ", c, ", ",
+                      p / g.x.output, ", ", p % g.x.output, "]");
+    STD_TORCH_CHECK(false, "indices: expected elements of their windows inside the map of ", g.y.input, " x ", g.x.input,
+                    ", got ", int(task.compact[element]), " at [", image, ", ", c, ", ", p / g.x.output, ", ",
+                    p % g.x.output, "]");
   }
 
   void scatter(bool anywhere_at_once) const {
@@ -124,40 +105,27 @@ struct Unpooling {
     if (!anywhere_at_once) {
       MaxUnpool<T> t = task;
       const bool channels_last = format == MemoryFormat::ChannelsLast;
-      const CoveringLists rows = windows_by_pixel(g.y), columns = channels_last ? windows_by_pixel(g.x) : windows_by_phase(g.x);
-      t.rows = rows.view(), t.columns = columns.view();
-      std::atomic<int64_t> found{0};
-      const auto run = [&](auto kernel, int64_t count, int64_t row) {
-        parallel_for(count, pool_grain(row), [&](int64_t begin, int64_t end) { found += kernel(t, begin, end); });
-      };
-      if (channels_last)
-        run(FASTCV_PICK(max_unpool2d_channels_last<T>), t.images * g.y.input, g.x.input * t.channels);
-      else
-        run(FASTCV_PICK(max_unpool2d_contiguous<T>), t.images * t.channels * g.y.input, g.x.input);
-      if (found == t.images * t.channels * g.y.output * g.x.output) return;
+      const CoveringLists above = windows_by_pixel(g.y), beside = channels_last ? windows_by_pixel(g.x) : windows_by_phase(g.x);
+      t.rows = above.view(), t.columns = beside.view();
+      const int64_t found = channels_last
+          ? rows(FASTCV_PICK(max_unpool2d_channels_last<T>), t, t.images * g.y.input, g.x.input * t.channels)
+          : rows(FASTCV_PICK(max_unpool2d_contiguous<T>), t, t.images * t.channels * g.y.input, g.x.input);
+      if (found == windows()) return;
     }
-    const bool coarse = task.sum && !std::is_same_v<T, accumulate_t<T>>;
-    anywhere<decltype(FASTCV_PICK(max_unpool2d_anywhere<T>)), accumulate_t<T>>(
-        FASTCV_PICK(max_unpool2d_anywhere<T>), coarse ? g.y.input * g.x.input : 0);
+    anywhere<accumulate_t<T>>(FASTCV_PICK(max_unpool2d_anywhere<T>), task.sum);
   }
 
   void gather() const {
-    const PoolGeometry& g = task.geometry;
-    const bool one_window_a_pixel = g.disjoint() || task.sum;
     constexpr int64_t kVectorTaps = 49;  // in larger windows it is quicker to look up each index
-    if (task.compact && one_window_a_pixel && g.y.kernel * g.x.kernel <= kVectorTaps) {
-      const auto run = [&](auto kernel, int64_t count, int64_t row) {
-        parallel_for(count, pool_grain(row), [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
-      };
-      if (format == MemoryFormat::ChannelsLast)
-        run(FASTCV_PICK(max_unpool2d_gather_channels_last<T>), task.images * g.y.output, g.x.output * task.channels);
-      else
-        run(FASTCV_PICK(max_unpool2d_gather_contiguous<T>), task.images * task.channels * g.y.output, g.x.output);
-      return;
+    const PoolGeometry& g = task.geometry;
+    if ((g.disjoint() || (task.sum && task.compact)) && g.y.kernel * g.x.kernel <= kVectorTaps) {
+      const int64_t found =
+          format == MemoryFormat::ChannelsLast
+              ? rows(FASTCV_PICK(max_unpool2d_gather_channels_last<T>), task, task.images * g.y.output, g.x.output * task.channels)
+              : rows(FASTCV_PICK(max_unpool2d_gather_contiguous<T>), task, task.images * task.channels * g.y.output, g.x.output);
+      if (found == windows()) return;
     }
-    const bool owned = !task.sum && !(task.compact && g.disjoint());
-    anywhere<decltype(FASTCV_PICK(max_unpool2d_gather_anywhere<T>)), int32_t>(
-        FASTCV_PICK(max_unpool2d_gather_anywhere<T>), owned ? g.y.input * g.x.input : 0);
+    anywhere<int32_t>(FASTCV_PICK(max_unpool2d_gather_anywhere<T>), !task.sum && !(task.compact && g.disjoint()));
   }
 };
 

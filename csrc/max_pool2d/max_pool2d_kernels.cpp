@@ -29,11 +29,11 @@ TapIndices tap_indices(const PoolGeometry& g) {
 template <class T>
 constexpr Acc<T> kLowest = -Acc<T>(__builtin_inf());
 
-template <int S, Remember R, class T>
+template <int S, int K, Remember R, class T>
 void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
   using P = Position<T>;
   constexpr int L = kLanes<Acc<T>>;
-  const PoolGeometry& g = t.geometry;
+  const PoolGeometry g = t.geometry;  // a copy: stores cannot change it
   const TapIndices taps = tap_indices<R>(g);
   const Vec<P> lanes = iota<P>();
   for (int64_t task = begin; task < end; ++task) {
@@ -48,7 +48,7 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
       Vec<P> index = Vec<P>{} + P(rows.first * taps.step_y);
       if (R != Remember::nothing && x0 < 0)
         for (int l = 0; l < L; ++l) index[l] += P(taps_inside(g.x, ox + l).first * taps.step_x);
-      each_tap<S>(g, map, t.input.stride_y, rows, oy, ox, kLowest<T>,
+      each_tap<S, K>(g, map, t.input.stride_y, rows, oy, ox, kLowest<T>,
                   [&](int64_t i, int64_t j, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA {
                     const auto better = takes_over(value, best);
                     best = better ? value : best;
@@ -71,8 +71,8 @@ template <Remember R, class T>
 void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
   using P = Position<T>;
   constexpr int L = kLanes<Acc<T>>;
-  const PoolGeometry& g = t.geometry;
-  const FeatureMap<const T>& in = t.input;
+  const PoolGeometry g = t.geometry;
+  const FeatureMap<const T> in = t.input;
   const TapIndices taps = tap_indices<R>(g);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / g.y.output, oy = task % g.y.output;
@@ -120,14 +120,14 @@ void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
 
 template <class T>
 void max_pool2d_contiguous(const MaxPool<T>& t, int64_t begin, int64_t end) {
-  with_stride(t.geometry.x.stride, [&](auto s) {
-    constexpr int S = decltype(s)::value;
+  with_columns(t.geometry.x, [&](auto c) {
+    constexpr int S = c.stride, K = c.kernel;
     if (t.flat)
-      pool_rows<S, Remember::flat>(t, begin, end);
+      pool_rows<S, K, Remember::flat>(t, begin, end);
     else if (t.compact)
-      pool_rows<S, Remember::compact>(t, begin, end);
+      pool_rows<S, K, Remember::compact>(t, begin, end);
     else
-      pool_rows<S, Remember::nothing>(t, begin, end);
+      pool_rows<S, K, Remember::nothing>(t, begin, end);
   });
 }
 

@@ -46,31 +46,6 @@ FASTCV_INLINE Asked<T> load_windows(const T* values, const I* indices, int64_t o
   return asked;
 }
 
-// Writes vectors of the pixels u, u + stride, ... for each phase, u in padded coordinates, clipped to the row.
-template <int S, class T>
-FASTCV_INLINE void store_phases(const Vec<Acc<T>>* phases, T* row, int64_t x, int64_t width, bool stream) {
-  using A = Acc<T>;
-  constexpr int L = kLanes<A>;
-  static_assert(S == 1 || S == 2);
-  Vec<A> pieces[S];
-  if constexpr (S == 1) {
-    pieces[0] = phases[0];
-  } else {
-    pieces[0] = in_turn<0>(phases[0], phases[1], LaneIndices<A>{});
-    pieces[1] = in_turn<L / 2>(phases[0], phases[1], LaneIndices<A>{});
-  }
-  for (int s = 0; s < S; ++s, x += L) {
-    if (x >= 0 && x + L <= width) {
-      store_through(row + x, pieces[s], stream);
-    } else {
-      T copy[L];
-      store(copy, pieces[s]);
-      const int64_t first = most(0, -x), last = least(L, width - x);
-      if (first < last) memcpy(row + x + first, copy + first, size_t(last - first) * sizeof(T));
-    }
-  }
-}
-
 template <int S, bool Sum, class I, class T>
 int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int64_t end) {
   using A = Acc<T>;
@@ -78,45 +53,89 @@ int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
   constexpr int L = kLanes<A>;
   constexpr bool kFlat = sizeof(I) == 8;
   const PoolAxis &y = t.geometry.y, &x = t.geometry.x;
-  const int64_t stride = S ? S : x.stride;
+  const int64_t stride = S ? S : x.stride, width = x.input, windows = x.output, kernel_w = x.kernel, padding = x.padding;
+  const Coverings rows = t.rows, columns = t.columns;
   const Vec<P> lanes = iota<P>() * P(stride);
   int64_t found = 0;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t plane = task / y.input, at = task % y.input;
-    T* const row = t.to + task * x.input;
+    T* const row = t.to + task * width;
     Vec<P> row_found{};
-    for (int64_t o = x.padding / stride; o * stride < x.padding + x.input; o += L) {
+    for (int64_t o = padding / stride; o * stride < padding + width; o += L) {
       Vec<A> phases[S ? S : 1];
       for (int64_t r = 0; r < stride; ++r) {
-        const int64_t x0 = o * stride + r - x.padding;
+        const int64_t x0 = o * stride + r - padding;
         const Vec<P> pixel = lanes + P(x0);
-        const auto inside = (pixel >= 0) & (pixel < P(x.input));
+        const auto inside = (pixel >= 0) & (pixel < P(width));
         Vec<A> value{};
-        for (int32_t v = t.rows.begin[at]; v < t.rows.begin[at + 1]; ++v) {
-          const Covering above = t.rows.list[v];
-          const int64_t first = (plane * y.output + above.window) * x.output;
-          for (int32_t h = t.columns.begin[r]; h < t.columns.begin[r + 1]; ++h) {
-            const Covering beside = t.columns.list[h];
-            const Asked<T> asked = load_windows(t.from + first, indices + first, o - beside.window, x.output);
-            const Vec<P> wanted = kFlat ? pixel + P(at * x.input) : Vec<P>{} + P(above.tap * x.kernel + beside.tap);
+        for (int32_t v = rows.begin[at]; v < rows.begin[at + 1]; ++v) {
+          const Covering above = rows.list[v];
+          const int64_t first = (plane * y.output + above.window) * windows;
+          for (int32_t h = columns.begin[r]; h < columns.begin[r + 1]; ++h) {
+            const Covering beside = columns.list[h];
+            const Asked<T> asked = load_windows(t.from + first, indices + first, o - beside.window, windows);
+            const Vec<P> wanted = kFlat ? pixel + P(at * width) : Vec<P>{} + P(above.tap * kernel_w + beside.tap);
             const auto here = (asked.index == wanted) & inside;
             value = here ? (Sum ? value + asked.value : asked.value) : value;
             row_found -= (Vec<P>)here;
           }
         }
         if constexpr (S == 0) {
-          for (int64_t l = 0, px = x0; l < L && px < x.input; ++l, px += stride)
+          for (int64_t l = 0, px = x0; l < L && px < width; ++l, px += stride)
             if (px >= 0) from_accumulate(value[l], row + px);
         } else {
           phases[r] = value;
         }
       }
-      if constexpr (S != 0) store_phases<S>(phases, row, o * stride - x.padding, x.input, t.stream);
+      if constexpr (S != 0) store_phases<S>(phases, row, o * stride - padding, width, t.stream);
     }
     found += sum_lanes<P>(row_found);
   }
   if (t.stream) stream_end();
   return found;
+}
+
+// The same for windows of 2 x 2 with stride 2 side by side: each is read once, for its row of the map.
+template <class I, class T>
+int64_t unpool_rows_2x2(const MaxUnpool<T>& t, const I* indices, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  using P = Position<T>;
+  constexpr int L = kLanes<A>;
+  const PoolAxis &y = t.geometry.y, &x = t.geometry.x;
+  const int64_t height = y.input, width = x.input, windows = x.output;
+  const Vec<P> lanes = iota<P>() * 2;
+  int64_t found = 0;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t plane = task / height, at = task % height;
+    if (at / 2 >= y.output) {
+      memset(t.to + task * width, 0, size_t(width) * sizeof(T));
+      continue;
+    }
+    const int64_t first = (plane * y.output + at / 2) * windows;
+    const T* const values = t.from + first;
+    const I* const row_indices = indices + first;
+    T* const row = t.to + task * width;
+    Vec<P> row_found{};
+    for (int64_t o = 0; 2 * o < width; o += L) {
+      const Asked<T> asked = load_windows(values, row_indices, o, windows);
+      const Vec<P> left = sizeof(I) == 8 ? lanes + P(at * width + 2 * o) : Vec<P>{} + P(at % 2 * 2);
+      const auto is_left = asked.index == left, is_right = asked.index == left + 1;
+      const Vec<A> phases[2] = {is_left ? asked.value : Vec<A>{}, is_right ? asked.value : Vec<A>{}};
+      row_found -= (Vec<P>)is_left + (Vec<P>)is_right;
+      store_phases<2>(phases, row, 2 * o, width, t.stream);
+    }
+    found += sum_lanes<P>(row_found);
+  }
+  if (t.stream) stream_end();
+  return found;
+}
+
+template <class T>
+bool two_by_two(const MaxUnpool<T>& t) {
+  const auto fits = [](const PoolAxis& a) {
+    return a.kernel == 2 && a.stride == 2 && a.dilation == 1 && a.padding == 0 && a.input >= 2 * a.output;
+  };
+  return fits(t.geometry.y) && fits(t.geometry.x);
 }
 
 template <bool Sum, class I, class T>
@@ -161,62 +180,116 @@ int64_t unpool_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, in
   return found;
 }
 
-template <int S, class T>
-void gather_rows(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
+// Towards windows each asks its pixels which of them it points at; returns how many found theirs.
+template <int S, int K, class I, class T>
+int64_t gather_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int64_t end) {
   using P = Position<T>;
   constexpr int L = kLanes<Acc<T>>;
-  const PoolGeometry& g = t.geometry;
+  constexpr bool kFlat = sizeof(I) == 8;
+  const PoolGeometry g = t.geometry;
+  const int64_t width = g.x.input;
+  const Vec<P> lanes = iota<P>() * P(g.x.stride);
+  int64_t found = 0;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t plane = task / g.y.output, oy = task % g.y.output;
-    const T* const map = t.from + plane * g.y.input * g.x.input;
+    const T* const map = t.from + plane * g.y.input * width;
     const TapRange rows = taps_inside(g.y, oy);
+    Vec<P> row_found{};
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
       const int n = int(least(L, g.x.output - ox));
       const int64_t at = task * g.x.output + ox;
-      const Vec<P> index = load_indices<P>(t.compact + at, n);
+      const Vec<P> index = load_indices<P>(indices + at, n), column = lanes + P(g.x.start(ox));
       Vec<Acc<T>> value{};
-      each_tap<S>(g, map, g.x.input, rows, oy, ox, Acc<T>(0),
-                  [&](int64_t i, int64_t j, Vec<Acc<T>> tap) FASTCV_INLINE_LAMBDA {
-                    value = index == Vec<P>{} + P(i * g.x.kernel + j) ? tap : value;
-                  });
+      each_tap<S, K>(g, map, width, rows, oy, ox, Acc<T>(0),
+                     [&](int64_t i, int64_t j, Vec<Acc<T>> tap) FASTCV_INLINE_LAMBDA {
+                       const Vec<P> x = column + P(j * g.x.dilation);
+                       const int64_t row = (g.y.start(oy) + i * g.y.dilation) * width;
+                       const Vec<P> wanted = kFlat ? x + P(row) : Vec<P>{} + P(i * g.x.kernel + j);
+                       const auto here = (index == wanted) & (x >= 0) & (x < P(width));
+                       value = here ? tap : value;
+                       row_found -= (Vec<P>)here;
+                     });
       if (n == L)
         store_through(t.to + at, value, t.stream);
       else
         store_first(t.to + at, value, n);
     }
+    found += sum_lanes<P>(row_found);
   }
   if (t.stream) stream_end();
+  return found;
 }
 
-// Where element p of the windows of an image points, as a pixel of the map; -1 outside. Compact indices count taps.
-template <class T>
-struct Pointing {
-  const MaxUnpool<T>& t;
-
-  FASTCV_INLINE int64_t operator()(int64_t p, int64_t element) const {
-    const PoolAxis &y = t.geometry.y, &x = t.geometry.x;
-    if (t.flat) {
-      const int64_t pixel = t.flat[element];
-      return pixel >= 0 && pixel < y.input * x.input ? pixel : -1;
+template <class I, class T>
+int64_t gather_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, int64_t end) {
+  using P = Position<T>;
+  constexpr int L = kLanes<Acc<T>>;
+  const PoolAxis y = t.geometry.y, x = t.geometry.x;
+  int64_t found = 0;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / y.output, oy = task % y.output;
+    const TapRange rows = taps_inside(y, oy);
+    Vec<P> row_found{};
+    for (int64_t ox = 0; ox < x.output; ++ox) {
+      const TapRange columns = taps_inside(x, ox);
+      const int64_t at = (task * x.output + ox) * t.channels, pixel = y.start(oy) * x.input + x.start(ox);
+      const T* const window = t.from + (image * y.input * x.input + pixel) * t.channels;
+      each_channel_block<Acc<T>>(t.channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
+        for (int v = 0; v < decltype(vectors)::value; ++v) {
+          const Vec<P> index = load_indices<P>(indices + at + c + v * L, n);
+          Vec<Acc<T>> value{};
+          for (int64_t i = rows.first; i < rows.last; ++i)
+            for (int64_t j = columns.first; j < columns.last; ++j) {
+              const int64_t tap = i * y.dilation * x.input + j * x.dilation;
+              const auto here = index == Vec<P>{} + P(sizeof(I) == 8 ? pixel + tap : i * x.kernel + j);
+              value = here ? load_n(window + tap * t.channels + c + v * L, n) : value;
+              row_found -= (Vec<P>)here;
+            }
+          if (n == L)
+            store_through(t.to + at + c + v * L, value, t.stream);
+          else
+            store_first(t.to + at + c + v * L, value, n);
+        }
+      });
     }
-    const int64_t tap = t.compact[element];
-    const int64_t py = y.start(p / x.output) + tap / x.kernel * y.dilation;
-    const int64_t px = x.start(p % x.output) + tap % x.kernel * x.dilation;
-    return tap < y.kernel * x.kernel && py >= 0 && py < y.input && px >= 0 && px < x.input ? py * x.input + px : -1;
+    found += sum_lanes<P>(row_found);
   }
-};
+  if (t.stream) stream_end();
+  return found;
+}
 
-template <class V>
-FASTCV_INLINE void set_or_add(bool sum, V value, V* to) {
-  *to = sum ? *to + value : value;
+// f(p, element, pixel) for the windows p of a plane in reading order, `pixel` -1 where the index is none of the map.
+// Stops where f returns false.
+template <class T, class F>
+FASTCV_INLINE void each_index(const MaxUnpool<T>& t, int64_t from, int64_t step, const F& f) {
+  const PoolAxis y = t.geometry.y, x = t.geometry.x;
+  int32_t tap_y[256], tap_x[256];
+  const int64_t taps = t.compact ? least(256, y.kernel * x.kernel) : 0;
+  for (int64_t k = 0; k < taps; ++k) {
+    tap_y[k] = int32_t(k / x.kernel * y.dilation);
+    tap_x[k] = int32_t(k % x.kernel * x.dilation);
+  }
+  int64_t p = 0, element = from;
+  for (int64_t oy = 0; oy < y.output; ++oy)
+    for (int64_t ox = 0; ox < x.output; ++ox, ++p, element += step) {
+      int64_t pixel = -1;
+      if (t.flat) {
+        if (uint64_t(t.flat[element]) < uint64_t(y.input * x.input)) pixel = t.flat[element];
+      } else if (t.compact[element] < taps) {
+        const int64_t py = y.start(oy) + tap_y[t.compact[element]], px = x.start(ox) + tap_x[t.compact[element]];
+        if (uint64_t(py) < uint64_t(y.input) && uint64_t(px) < uint64_t(x.input)) pixel = py * x.input + px;
+      }
+      if (!f(p, element, pixel)) return;
+    }
 }
 
 }  // namespace
 
 template <class T>
 int64_t max_unpool2d_contiguous(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
-  return with_stride(t.geometry.x.stride, [&](auto s) {
-    constexpr int S = decltype(s)::value;
+  if (two_by_two(t)) return t.flat ? unpool_rows_2x2(t, t.flat, begin, end) : unpool_rows_2x2(t, t.compact, begin, end);
+  return with_columns(t.geometry.x, [&](auto columns) {
+    constexpr int S = columns.stride;
     if (t.flat) return t.sum ? unpool_rows<S, true>(t, t.flat, begin, end) : unpool_rows<S, false>(t, t.flat, begin, end);
     return t.sum ? unpool_rows<S, true>(t, t.compact, begin, end) : unpool_rows<S, false>(t, t.compact, begin, end);
   });
@@ -229,102 +302,79 @@ int64_t max_unpool2d_channels_last(const MaxUnpool<T>& t, int64_t begin, int64_t
 }
 
 template <class T>
-void max_unpool2d_gather_contiguous(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
-  with_stride(t.geometry.x.stride, [&](auto s) { gather_rows<decltype(s)::value>(t, begin, end); });
+int64_t max_unpool2d_gather_contiguous(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
+  return with_columns(t.geometry.x, [&](auto c) {
+    constexpr int S = c.stride, K = c.kernel;
+    return t.flat ? gather_rows<S, K>(t, t.flat, begin, end) : gather_rows<S, K>(t, t.compact, begin, end);
+  });
 }
 
 template <class T>
-void max_unpool2d_gather_channels_last(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
-  using P = Position<T>;
-  constexpr int L = kLanes<Acc<T>>;
-  const PoolAxis &y = t.geometry.y, &x = t.geometry.x;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t image = task / y.output, oy = task % y.output;
-    const TapRange rows = taps_inside(y, oy);
-    for (int64_t ox = 0; ox < x.output; ++ox) {
-      const TapRange columns = taps_inside(x, ox);
-      const int64_t at = (task * x.output + ox) * t.channels;
-      const T* const window = t.from + ((image * y.input + y.start(oy)) * x.input + x.start(ox)) * t.channels;
-      each_channel_block<Acc<T>>(t.channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
-        for (int v = 0; v < decltype(vectors)::value; ++v) {
-          const Vec<P> index = load_indices<P>(t.compact + at + c + v * L, n);
-          Vec<Acc<T>> value{};
-          for (int64_t i = rows.first; i < rows.last; ++i)
-            for (int64_t j = columns.first; j < columns.last; ++j) {
-              const T* tap = window + (i * y.dilation * x.input + j * x.dilation) * t.channels + c + v * L;
-              value = index == Vec<P>{} + P(i * x.kernel + j) ? load_n(tap, n) : value;
-            }
-          if (n == L)
-            store_through(t.to + at + c + v * L, value, t.stream);
-          else
-            store_first(t.to + at + c + v * L, value, n);
-        }
-      });
-    }
-  }
-  if (t.stream) stream_end();
+int64_t max_unpool2d_gather_channels_last(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
+  return t.flat ? gather_pixels(t, t.flat, begin, end) : gather_pixels(t, t.compact, begin, end);
 }
 
 template <class T>
-int64_t max_unpool2d_anywhere(const MaxUnpool<T>& t, PlaneStrides map, PlaneStrides windows, int64_t image, int64_t begin,
-                              int64_t end, Acc<T>* sums) {
-  const int64_t pixels = t.geometry.y.input * t.geometry.x.input, count = t.geometry.y.output * t.geometry.x.output;
-  const Pointing<T> pointing{t};
-  for (int64_t c = begin; c < end; ++c) {
-    T* const to = t.to + image * map.image + c * map.channel;
-    const int64_t from = image * windows.image + c * windows.channel;
-    if (sums) memset(sums, 0, size_t(pixels) * sizeof(Acc<T>));
+int64_t max_unpool2d_anywhere(const MaxUnpool<T>& t, PlaneStrides map, PlaneStrides windows, int64_t image, int64_t c,
+                              Acc<T>* sums) {
+  const int64_t pixels = t.geometry.y.input * t.geometry.x.input;
+  T* const to = t.to + image * map.image + c * map.channel;
+  int64_t bad = -1;
+  if (sums)
+    memset(sums, 0, size_t(pixels) * sizeof(Acc<T>));
+  else if (map.pixel == 1)
+    memset(to, 0, size_t(pixels) * sizeof(T));
+  else
     for (int64_t p = 0; p < pixels; ++p) from_accumulate(Acc<T>(0), to + p * map.pixel);
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t element = from + p * windows.pixel, pixel = pointing(p, element);
-      if (pixel < 0) return c * count + p;
-      if (sums)
-        sums[pixel] += to_accumulate(t.from[element]);
-      else if constexpr (sizeof(T) == sizeof(Acc<T>))
-        set_or_add(t.sum, t.from[element], to + pixel * map.pixel);
-      else
-        to[pixel * map.pixel] = t.from[element];
-    }
-    if (sums)
-      for (int64_t p = 0; p < pixels; ++p) from_accumulate(sums[p], to + p * map.pixel);
-  }
-  return -1;
+  each_index(t, image * windows.image + c * windows.channel, windows.pixel,
+             [&](int64_t p, int64_t element, int64_t pixel) FASTCV_INLINE_LAMBDA {
+               if (pixel < 0) {
+                 bad = p;
+                 return false;
+               }
+               if (sums)
+                 sums[pixel] += to_accumulate(t.from[element]);
+               else
+                 to[pixel * map.pixel] = t.from[element];
+               return true;
+             });
+  for (int64_t p = 0; sums && p < pixels; ++p) from_accumulate(sums[p], to + p * map.pixel);
+  return bad;
 }
 
 template <class T>
 int64_t max_unpool2d_gather_anywhere(const MaxUnpool<T>& t, PlaneStrides map, PlaneStrides windows, int64_t image,
-                                     int64_t begin, int64_t end, int32_t* owners) {
-  const int64_t count = t.geometry.y.output * t.geometry.x.output;
-  const Pointing<T> pointing{t};
-  for (int64_t c = begin; c < end; ++c) {
-    const T* const from = t.from + image * map.image + c * map.channel;
-    const int64_t first = image * windows.image + c * windows.channel;
-    for (int64_t p = 0; owners && p < count; ++p) {
-      const int64_t pixel = pointing(p, first + p * windows.pixel);
-      if (pixel < 0) return c * count + p;
-      owners[pixel] = int32_t(p);  // the last one stays
+                                     int64_t c, int32_t* owners) {
+  const T* const from = t.from + image * map.image + c * map.channel;
+  const int64_t first = image * windows.image + c * windows.channel;
+  int64_t bad = -1;
+  if (owners)
+    each_index(t, first, windows.pixel, [&](int64_t p, int64_t, int64_t pixel) FASTCV_INLINE_LAMBDA {
+      if (pixel >= 0) owners[pixel] = int32_t(p);  // the last one stays
+      return true;
+    });
+  each_index(t, first, windows.pixel, [&](int64_t p, int64_t element, int64_t pixel) FASTCV_INLINE_LAMBDA {
+    if (pixel < 0) {
+      bad = p;
+      return false;
     }
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t element = first + p * windows.pixel, pixel = pointing(p, element);
-      if (pixel < 0) return c * count + p;
-      if (owners && owners[pixel] != int32_t(p))
-        from_accumulate(Acc<T>(0), t.to + element);
-      else
-        t.to[element] = from[pixel * map.pixel];
-    }
-  }
-  return -1;
+    if (owners && owners[pixel] != int32_t(p))
+      from_accumulate(Acc<T>(0), t.to + element);
+    else
+      t.to[element] = from[pixel * map.pixel];
+    return true;
+  });
+  return bad;
 }
 
 #define FASTCV_INSTANTIATE(T)                                                                                          \
   template int64_t max_unpool2d_contiguous<T>(const MaxUnpool<T>&, int64_t, int64_t);                                  \
   template int64_t max_unpool2d_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                               \
-  template void max_unpool2d_gather_contiguous<T>(const MaxUnpool<T>&, int64_t, int64_t);                              \
-  template void max_unpool2d_gather_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                           \
-  template int64_t max_unpool2d_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t,         \
-                                            int64_t, Acc<T>*);                                                         \
+  template int64_t max_unpool2d_gather_contiguous<T>(const MaxUnpool<T>&, int64_t, int64_t);                           \
+  template int64_t max_unpool2d_gather_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                        \
+  template int64_t max_unpool2d_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t, Acc<T>*); \
   template int64_t max_unpool2d_gather_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t,  \
-                                                   int64_t, int32_t*);
+                                                   int32_t*);
 FASTCV_INSTANTIATE(float)
 FASTCV_INSTANTIATE(double)
 FASTCV_INSTANTIATE(half_t)

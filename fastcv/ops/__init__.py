@@ -1,5 +1,7 @@
 """The operators, with the names and signatures of ``torchvision.ops``."""
 
+from .adaptive_pool2d import adaptive_avg_pool2d, adaptive_max_pool2d, spatial_pyramid_pool
+from .avg_pool2d import avg_pool2d
 from .blocks import (
     MLP,
     Conv2dNormActivation,
@@ -61,6 +63,9 @@ __all__ = [
     "RoIPool",
     "SqueezeExcitation",
     "StochasticDepth",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool2d",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -90,6 +95,7 @@ __all__ = [
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",
+    "spatial_pyramid_pool",
     "stochastic_depth",
     "weighted_boxes_fusion",
 ]
