@@ -1,5 +1,7 @@
 """The operators, with the names and signatures of ``torchvision.ops``."""
 
+from .adaptive_pool2d import adaptive_avg_pool2d, adaptive_max_pool2d, spatial_pyramid_pool
+from .avg_pool2d import avg_pool2d
 from .blocks import (
     MLP,
     Conv2dNormActivation,
@@ -22,6 +24,8 @@ from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
 from .matrix_nms import matrix_nms
+from .max_pool2d import PooledIndices, max_pool2d
+from .max_unpool2d import max_unpool2d
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
@@ -54,10 +58,14 @@ __all__ = [
     "PSRoIPool",
     "PaddedDetections",
     "Permute",
+    "PooledIndices",
     "RoIAlign",
     "RoIPool",
     "SqueezeExcitation",
     "StochasticDepth",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool2d",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -75,6 +83,8 @@ __all__ = [
     "generalized_box_iou_loss",
     "masks_to_boxes",
     "matrix_nms",
+    "max_pool2d",
+    "max_unpool2d",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -85,6 +95,7 @@ __all__ = [
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",
+    "spatial_pyramid_pool",
     "stochastic_depth",
     "weighted_boxes_fusion",
 ]
