@@ -1,5 +1,6 @@
 """Layers with the names, arguments and state dicts of ``torch.nn``, on fastcv's operators."""
 
 from .conv import Conv2d, ConvNormAct
+from .style import GramMatrix, StyleLoss
 
-__all__ = ["Conv2d", "ConvNormAct"]
+__all__ = ["Conv2d", "ConvNormAct", "GramMatrix", "StyleLoss"]

@@ -21,6 +21,7 @@ from .conv2d import conv2d
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
+from .gram_matrix import gram_matrix, style_loss
 from .matrix_nms import matrix_nms
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
@@ -73,6 +74,7 @@ __all__ = [
     "drop_block3d",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "gram_matrix",
     "masks_to_boxes",
     "matrix_nms",
     "multiscale_roi_align",
@@ -86,5 +88,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_nms",
     "stochastic_depth",
+    "style_loss",
     "weighted_boxes_fusion",
 ]
