@@ -45,6 +45,8 @@ CALLS = {
     "gram_matrix": [(FEATURE, "positions")],
     "gram_matrix_backward": [(torch.randn(5, 24, 24), FEATURE, "elements")],
     "style_loss": [([FEATURE, GRAD], [torch.randn(5, 24, 24), torch.randn(1, 24, 24)], [0.5, 2.0])],
+    "local_response_norm": [(FEATURE, 5, 0.25, 0.75, 2.0)],
+    "local_response_norm_backward": [(torch.randn(SHAPE), FEATURE, 4, 0.25, 1.5, 2.0)],
     "null": [(FEATURE,)],
     "nms": [(BOXES, SCORES, 0.4, False), (BOXES, SCORES, 0.4, True)],
     "batched_nms": [(BOXES, SCORES, CLASSES, 0.4, False), (BOXES, SCORES, CLASSES, 0.05, True)],

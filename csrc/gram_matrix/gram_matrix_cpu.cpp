@@ -21,14 +21,6 @@ void check_features(const Tensor& features) {
   STD_TORCH_CHECK(features.dim() == 4, "features: expected shape [N, C, H, W]");
 }
 
-// Pixels as one row where they lie at one stride.
-template <class T>
-FeatureMap<T> flattened(FeatureMap<T> map) {
-  if (map.width == 1) map.stride_x = map.stride_y, map.width = map.height, map.height = 1;
-  if (map.height > 1 && map.stride_y == map.width * map.stride_x) map.width *= map.height, map.height = 1;
-  return map;
-}
-
 template <class T>
 Tensor sums_of(const FeatureMap<const T>& map, const GramPlan& plan) {
   using A = accumulate_t<T>;

@@ -170,20 +170,20 @@ FASTCV_INLINE double sum_of_squares(Vec<A> x) {
 }
 
 // One line of a block: scale * sums (minus the target) to the matrix.
-template <class T, class O>
-FASTCV_INLINE double finish_line(const GramFinish<T, O>& task, Vec<Acc<T>> line, O* to, const O* target, int n) {
+template <class O>
+FASTCV_INLINE double finish_line(Vec<Acc<O>> line, O* to, const O* target, int n) {
   if (!target) {
-    if (n == kLanes<Acc<T>>)
+    if (n == kLanes<Acc<O>>)
       store(to, line);
     else
       store_first(to, line, n);
     return 0;
   }
-  const Vec<Acc<T>> difference = line - load_first(target, n);
+  const Vec<Acc<O>> difference = line - load_first(target, n);
   store_first(to, difference, n);
-  Vec<Acc<T>> counted = difference;
-  for (int i = n; i < kLanes<Acc<T>>; ++i) counted[i] = 0;
-  return sum_of_squares<Acc<T>>(counted);
+  Vec<Acc<O>> counted = difference;
+  for (int i = n; i < kLanes<Acc<O>>; ++i) counted[i] = 0;
+  return sum_of_squares<Acc<O>>(counted);
 }
 
 }  // namespace
@@ -209,13 +209,13 @@ void gram_finish(const GramFinish<T, O>& task, const GramPlan& plan, int64_t beg
       }
       for (int r = 0; r < height; ++r) {
         const int64_t at = (i * L + r) * channels + j * L;
-        sum += finish_line(task, block[r], gram + at, target ? target + at : nullptr, width);
+        sum += finish_line(block[r], gram + at, target ? target + at : nullptr, width);
       }
       if (j == i) continue;
       transpose(block);
       for (int r = 0; r < width; ++r) {
         const int64_t at = (j * L + r) * channels + i * L;
-        sum += finish_line(task, block[r], gram + at, target ? target + at : nullptr, height);
+        sum += finish_line(block[r], gram + at, target ? target + at : nullptr, height);
       }
     }
     if (task.target) squares[t] = sum;
