@@ -47,6 +47,11 @@ CALLS = {
     "style_loss": [([FEATURE, GRAD], [torch.randn(5, 24, 24), torch.randn(1, 24, 24)], [0.5, 2.0])],
     "local_response_norm": [(FEATURE, 5, 0.25, 0.75, 2.0)],
     "local_response_norm_backward": [(torch.randn(SHAPE), FEATURE, 4, 0.25, 1.5, 2.0)],
+    "interpolate": [
+        (FEATURE, [17, 19], 1.6, 1.5, "bilinear", False),
+        (FEATURE, [22, 39], 2.0, 3.0, "bed_of_nails", True),
+    ],
+    "interpolate_backward": [(FEATURE, [7, 8], 1.6, 1.7, "nearest", False)],
     "null": [(FEATURE,)],
     "nms": [(BOXES, SCORES, 0.4, False), (BOXES, SCORES, 0.4, True)],
     "batched_nms": [(BOXES, SCORES, CLASSES, 0.4, False), (BOXES, SCORES, CLASSES, 0.05, True)],

@@ -3,5 +3,15 @@
 from .conv import Conv2d, ConvNormAct
 from .normalization import LocalResponseNorm
 from .style import GramMatrix, StyleLoss
+from .upsampling import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 
-__all__ = ["Conv2d", "ConvNormAct", "GramMatrix", "LocalResponseNorm", "StyleLoss"]
+__all__ = [
+    "Conv2d",
+    "ConvNormAct",
+    "GramMatrix",
+    "LocalResponseNorm",
+    "StyleLoss",
+    "Upsample",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
+]

@@ -22,6 +22,7 @@ from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
 from .gram_matrix import gram_matrix, style_loss
+from .interpolate import interpolate
 from .local_response_norm import local_response_norm
 from .matrix_nms import matrix_nms
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
@@ -76,6 +77,7 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "gram_matrix",
+    "interpolate",
     "local_response_norm",
     "masks_to_boxes",
     "matrix_nms",

@@ -3,6 +3,7 @@
 from . import conv2d as conv2d
 from . import deform_conv2d as deform_conv2d
 from . import gram_matrix as gram_matrix
+from . import interpolate as interpolate
 from . import local_response_norm as local_response_norm
 from . import matrix_nms as matrix_nms
 from . import nms as nms
