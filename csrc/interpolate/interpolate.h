@@ -25,6 +25,15 @@ struct GatherAxis {
   const A* weight;
 };
 
+// The same as a table where no input has many outputs: tap t of input i is weight[t * stride + i] * output[from[t * stride
+// + i]], weight 0 where there is none. Padded to whole vectors.
+template <class A>
+struct TapTable {
+  const int32_t* from;  // null: no table
+  const A* weight;
+  int64_t taps, stride;
+};
+
 // Maps are contiguous or channels-last, both alike.
 template <class T>
 struct Interpolate {
@@ -39,6 +48,7 @@ struct InterpolateBackward {
   FeatureMap<const T> grad;
   FeatureMap<T> output;  // gradient of the input
   GatherAxis<accumulate_t<T>> rows, columns;
+  TapTable<accumulate_t<T>> table;  // of columns
   bool channels_last;
   int64_t parts;  // of the input rows
 };

@@ -71,18 +71,43 @@ struct Transposed {
   GatherAxis<A> view() const { return {begin.data(), from.data(), weight.data()}; }
 };
 
+constexpr int64_t kMostTaps = 6;  // of a table
+
+template <class A>
+struct Table {
+  std::vector<int32_t> from;
+  std::vector<A> weight;
+  int64_t taps = 0, stride = 0;
+  TapTable<A> view() const { return {from.empty() ? nullptr : from.data(), weight.data(), taps, stride}; }
+};
+
+template <class A>
+Table<A> table_of(const Transposed<A>& t, int64_t in) {
+  Table<A> table;
+  for (int64_t i = 0; i < in; ++i) table.taps = std::max<int64_t>(table.taps, t.begin[i + 1] - t.begin[i]);
+  if (table.taps > kMostTaps || table.taps == 0) return table;
+  table.stride = in + kPadding;
+  table.from.assign(table.taps * table.stride, 0), table.weight.assign(table.taps * table.stride, A(0));
+  for (int64_t k = 0; k < table.taps; ++k)
+    for (int64_t i = 0; i < table.stride; ++i) {
+      const int64_t at = k * table.stride + i, entry = i < in ? t.begin[i] + k : 0;
+      const bool exists = i < in && entry < t.begin[i + 1];
+      // Where there is none, one that keeps the row rising.
+      table.from[at] = exists ? t.from[entry] : i > 0 ? table.from[at - 1] : 0;
+      if (exists) table.weight[at] = t.weight[entry];
+    }
+  return table;
+}
+
 template <class A>
 Transposed<A> transpose(const Axis<A>& axis, int64_t in, int64_t out) {
   const auto each = [&](const auto& f) {  // f(output, input, weight)
     for (int64_t o = 0; o < out; ++o) {
       const int32_t low = axis.low[o];
       if (low < 0) continue;
-      if (axis.weight.empty() || low + 1 >= in) {
-        f(o, low, A(1));
-      } else {
-        f(o, low, A(1) - axis.weight[o]);
-        f(o, low + 1, axis.weight[o]);
-      }
+      const A weight = axis.weight.empty() || low + 1 >= in ? A(0) : axis.weight[o];
+      if (weight != A(1)) f(o, low, A(1) - weight);
+      if (weight != A(0)) f(o, low + 1, weight);
     }
   };
   Transposed<A> t;
@@ -146,9 +171,11 @@ Tensor interpolate_backward_cpu(const Tensor& grad_any, const std::vector<int64_
     using T = decltype(zero);
     using A = accumulate_t<T>;
     const auto rows = transpose(make_axis<A>(mode, input_size[0], grad.size(2), scale_h), input_size[0], grad.size(2));
-    const auto columns = transpose(make_axis<A>(mode, input_size[1], grad.size(3), scale_w), input_size[1], grad.size(3));
-    InterpolateBackward<T> task{feature_map<const T>(grad), feature_map<T>(output),         rows.view(),
-                                columns.view(),             format == MemoryFormat::ChannelsLast, 1};
+    const Axis<A> axis = make_axis<A>(mode, input_size[1], grad.size(3), scale_w);
+    const Transposed<A> columns = transpose(axis, input_size[1], grad.size(3));
+    const Table<A> table = table_of(columns, input_size[1]);
+    InterpolateBackward<T> task{feature_map<const T>(grad), feature_map<T>(output), rows.view(), columns.view(),
+                                table.view(), format == MemoryFormat::ChannelsLast, 1};
     task.parts = parts_of(grad, task.channels_last, input_size[0]);
     const int64_t planes = grad.size(0) * (task.channels_last ? 1 : grad.size(1));
     const int64_t grain = std::max<int64_t>(1, kTaskElements * planes * task.parts / grad.numel());
