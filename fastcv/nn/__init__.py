@@ -3,7 +3,7 @@
 from .conv import Conv2d, ConvNormAct
 from .normalization import LocalResponseNorm
 from .style import GramMatrix, StyleLoss
-from .upsampling import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
+from .upsampling import Upsample, UpsampleConv2d, UpsamplingBilinear2d, UpsamplingNearest2d
 
 __all__ = [
     "Conv2d",
@@ -12,6 +12,7 @@ __all__ = [
     "LocalResponseNorm",
     "StyleLoss",
     "Upsample",
+    "UpsampleConv2d",
     "UpsamplingBilinear2d",
     "UpsamplingNearest2d",
 ]

@@ -1,4 +1,4 @@
-"""Upsampling layers: :class:`Upsample`, :class:`UpsamplingNearest2d`, :class:`UpsamplingBilinear2d`."""
+"""Upsampling layers: :class:`Upsample` and its like, :class:`UpsampleConv2d`."""
 
 from __future__ import annotations
 
@@ -52,3 +52,37 @@ class UpsamplingBilinear2d(Upsample):
 
     def __init__(self, size=None, scale_factor=None):
         super().__init__(size, scale_factor, mode="bilinear", align_corners=True)
+
+
+class UpsampleConv2d(nn.Module):
+    """Nearest-neighbour upsampling and a convolution in one, :func:`fastcv.ops.upsample_conv2d`.
+
+    Its state dict is that of ``torch.nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)``.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        kernel_size: odd.
+        scale_factor: of the upsampling.
+        bias: whether there is one.
+
+    Example:
+        >>> import torch, fastcv
+        >>> fastcv.nn.UpsampleConv2d(8, 4, 3)(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 4, 10, 10])
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, scale_factor: int = 2, bias: bool = True
+    ):
+        super().__init__()
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)  # torch's initial values
+        self.weight, self.bias = conv.weight, conv.bias
+        self.scale_factor = scale_factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.upsample_conv2d(input, self.weight, self.bias, self.scale_factor)
+
+    def extra_repr(self) -> str:
+        outputs, inputs, size, _ = self.weight.shape
+        tail = "" if self.bias is not None else ", bias=False"
+        return f"{inputs}, {outputs}, kernel_size={size}, scale_factor={self.scale_factor}{tail}"

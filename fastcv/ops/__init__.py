@@ -41,6 +41,7 @@ from .regularization import (
 from .roi_align import RoIAlign, roi_align
 from .roi_pool import RoIPool, roi_pool
 from .soft_nms import soft_nms
+from .upsample_conv2d import upsample_conv2d
 from .weighted_boxes_fusion import weighted_boxes_fusion
 
 __all__ = [
@@ -93,5 +94,6 @@ __all__ = [
     "soft_nms",
     "stochastic_depth",
     "style_loss",
+    "upsample_conv2d",
     "weighted_boxes_fusion",
 ]
