@@ -18,6 +18,7 @@ from .boxes import (
     remove_small_boxes,
 )
 from .conv2d import conv2d
+from .conv2d_local import conv2d_local
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
@@ -70,6 +71,7 @@ __all__ = [
     "complete_box_iou",
     "complete_box_iou_loss",
     "conv2d",
+    "conv2d_local",
     "deform_conv2d",
     "distance_box_iou",
     "distance_box_iou_loss",

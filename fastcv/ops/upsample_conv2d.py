@@ -3,8 +3,8 @@
 An output pixel sees few different input pixels, each as often as it was repeated. So the outputs of each of the
 scale x scale phases are a convolution of the small map, whose weights are sums of the given ones: 3x3 for scale 2 and a
 kernel of 3x3 or 5x5. All phases are one convolution with scale^2 times the output channels, whose results are then
-woven together; nothing but the result has the large size. With Winograd's convolution, whose cost is that of its outputs, the
-input's part of the work becomes a quarter.
+woven together; nothing but the result has the large size. With Winograd's convolution, whose products are those of its
+outputs, the input's part of the work becomes a quarter.
 """
 
 from __future__ import annotations

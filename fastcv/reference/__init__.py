@@ -1,6 +1,7 @@
 """Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
 
 from . import conv2d as conv2d
+from . import conv2d_local as conv2d_local
 from . import deform_conv2d as deform_conv2d
 from . import gram_matrix as gram_matrix
 from . import interpolate as interpolate
