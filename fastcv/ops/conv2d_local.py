@@ -104,7 +104,7 @@ def _(grad, input, kernel_size, stride, padding, dilation):
     return grad.new_empty(*grad.shape[2:], grad.shape[1], input.shape[1], *kernel_size)
 
 
-# ---- derivatives: <grad, conv(input, weight)> is linear in each of the three; an operator is its derivative for one ----
+# ---- derivatives: <grad, conv(input, weight)> is linear in each of the three; an operator is its derivative for one --
 
 
 def _output(input, weight, geometry):
