@@ -20,9 +20,13 @@ from .boxes import (
     remove_small_boxes,
 )
 from .conv2d import conv2d
+from .conv2d_local import conv2d_local
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
+from .gram_matrix import gram_matrix, style_loss
+from .interpolate import interpolate
+from .local_response_norm import local_response_norm
 from .matrix_nms import matrix_nms
 from .max_pool2d import PooledIndices, max_pool2d
 from .max_unpool2d import max_unpool2d
@@ -42,6 +46,7 @@ from .regularization import (
 from .roi_align import RoIAlign, roi_align
 from .roi_pool import RoIPool, roi_pool
 from .soft_nms import soft_nms
+from .upsample_conv2d import upsample_conv2d
 from .weighted_boxes_fusion import weighted_boxes_fusion
 
 __all__ = [
@@ -74,6 +79,7 @@ __all__ = [
     "complete_box_iou",
     "complete_box_iou_loss",
     "conv2d",
+    "conv2d_local",
     "deform_conv2d",
     "distance_box_iou",
     "distance_box_iou_loss",
@@ -81,6 +87,9 @@ __all__ = [
     "drop_block3d",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "gram_matrix",
+    "interpolate",
+    "local_response_norm",
     "masks_to_boxes",
     "matrix_nms",
     "max_pool2d",
@@ -97,5 +106,7 @@ __all__ = [
     "soft_nms",
     "spatial_pyramid_pool",
     "stochastic_depth",
+    "style_loss",
+    "upsample_conv2d",
     "weighted_boxes_fusion",
 ]
