@@ -1,5 +1,5 @@
-// Locally connected layers: convolution with weights of its own at every output pixel (DeepFace: Taigman, Yang, Ranzato,
-// Wolf, "DeepFace", CVPR 2014, section 3).
+// Locally connected layers: convolution with weights of its own at every output pixel (DeepFace: Taigman, Yang,
+// Ranzato, Wolf, "DeepFace", CVPR 2014, section 3).
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct Conv2dLocalShape {
   int64_t pixels() const { return out_height * out_width; }
 };
 
-// The three tensors that a locally connected layer relates; each pass reads two of them and writes the third. Maps have any
-// strides, weights are [OH, OW, K, C, KH, KW].
+// The three tensors that a locally connected layer relates; each pass reads two of them and writes the third. Maps have
+// any strides, weights are [OH, OW, K, C, KH, KW].
 template <class T>
 struct Conv2dLocal {
   Conv2dLocalShape shape;
@@ -37,8 +37,8 @@ FASTCV_EACH_ISA(
                                                  const FeatureMap<T>& output, accumulate_t<T>* scratch);
     template <class T> void conv2d_local_weight_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end, T* gradient,
                                                          accumulate_t<T>* scratch);
-    // Gradients of the pixels' patches, [OH * OW][N][C][KH * KW], and planes begin <= i < end of N * C of the input's, summed
-    // from them.
+    // Gradients of the pixels' patches, [OH * OW][N][C][KH * KW], and planes begin <= i < end of N * C of the input's,
+    // summed from them.
     template <class T> void conv2d_local_patch_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end,
                                                         accumulate_t<T>* patches);
     template <class T> void conv2d_local_fold(const Conv2dLocalShape& shape, const accumulate_t<T>* patches, int64_t begin,

@@ -110,7 +110,7 @@ Tensor conv2d_local_weight_backward_cpu(const Tensor& grad, const Tensor& input,
   const Conv2dLocalShape s = make_shape(size_of(input), size_of(grad), size, stride, padding, dilation);
   Tensor gradient = empty_cpu({size[0], size[1], size[2], size[3], size[4], size[5]}, grad.scalar_type());
   if (gradient.numel() == 0) return gradient;
-  if (s.images == 0) return torch::stable::fill_(gradient, 0);
+  if (s.images == 0) return torch::stable::zero_(gradient);
   dispatch_floating(grad.scalar_type(), "grad", [&](auto zero) {
     using T = decltype(zero);
     const Conv2dLocal<T> task{s, feature_map<const T>(input), feature_map<const T>(grad), nullptr};

@@ -1,9 +1,9 @@
 // The loops of locally connected layers: a small matrix times a vector (of each image) at every output pixel.
 //
 // Weights are used once for each image, so that reading them is what a pass takes: 4 K C KH KW bytes an output pixel in
-// float32, for 2 K C KH KW operations an image. They are read in order, [pixel][output channel][C, KH, KW]. The patches of
-// input that a pixel sees, in the same order and of all images (of kMostPatches elements at a time), are gathered first and
-// stay in cache: forward, tiles of 4 output channels by up to 4 images are dot products over a patch.
+// float32, for 2 K C KH KW operations an image. They are read in order, [pixel][output channel][C, KH, KW]. The patches
+// of input that a pixel sees, in the same order and of all images (of kMostPatches elements at a time), are gathered
+// first and stay in cache: forward, tiles of 4 output channels by up to 4 images are dot products over a patch.
 //
 // Gradient of the weights: outer products, written once. Gradient of the input: each pixel's patch gradients, kept, are
 // added to the input plane by plane, in the order of pixels, for any number of threads.

@@ -47,8 +47,8 @@ FASTCV_EACH_ISA(
     // Tasks begin <= t < end: the map has height 1, or positions are read row by row.
     template <class T> void gram_sum(const FeatureMap<const T>& map, const GramPlan& plan, int64_t begin, int64_t end,
                                      accumulate_t<T>* sums, accumulate_t<T>* scratch);
-    // Rows of blocks begin <= i < end of images * blocks; squares[i] is the sum of squares of what was written for it, where
-    // there is a target.
+    // Rows of blocks begin <= i < end of images * blocks; squares[i] is the sum of squares of what was written for it,
+    // where there is a target.
     template <class T, class O> void gram_finish(const GramFinish<T, O>& task, const GramPlan& plan, int64_t begin,
                                                  int64_t end, double* squares);
     // scale * (grad + grad^T) in the layout that gram_backward reads, rows begin <= i < end of it, and its number of

@@ -1,11 +1,10 @@
 // The gradient of a Gram matrix: S F with the symmetric S = scale * (grad + grad^T), 2 C^2 operations a position.
 //
-// Contiguous features: rows are channels of the result, S broadcast where it lies, [C][C]; columns are positions, kPanel of
-// them, packed [channel][position] (64 KB for 256 channels). A task packs a few panels, and each row tile of S (6 KB) meets
-// them all.
-// Channels-last: rows are positions, read where they lie (half types: converted first); columns are output channels, S laid
-// out in panels [panel][channel][kPanel], each read from the second-level cache by all positions of a task.
-// Bound by arithmetic: 8.6 G multiply-adds for 256 x 65536, 75 ms on one core of 115 GFLOP/s.
+// Contiguous features: rows are channels of the result, S broadcast where it lies, [C][C]; columns are positions,
+// kPanel of them, packed [channel][position] (64 KB for 256 channels). A task packs a few panels, and each row tile of
+// S (6 KB) meets them all. Channels-last: rows are positions, read where they lie (half types: converted first);
+// columns are output channels, S laid out in panels [panel][channel][kPanel], each read from the second-level cache by
+// all positions of a task. Bound by arithmetic: 8.6 G multiply-adds for 256 x 65536, 75 ms on one core of 115 GFLOP/s.
 #include "gram_matrix.h"
 
 #include "../common/channel_block.h"

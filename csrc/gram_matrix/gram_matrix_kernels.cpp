@@ -1,18 +1,19 @@
 // Gram matrices: half of a matrix product, because the result is symmetric.
 //
-// Channels go in blocks of a vector's lanes, and only block pairs (i, j >= i) are summed: C / L * (C / L + 1) / 2 of
-// (C / L)^2, 53 % for 256 channels on AVX-512. A chunk of positions is packed, [block][position][lane], and serves as rows
+// Channels go in blocks of a vector's lanes, and only block pairs (i, j >= i) are summed: C / L * (C / L + 1) / 2 of (C
+// / L)^2, 53 % for 256 channels on AVX-512. A chunk of positions is packed, [block][position][lane], and serves as rows
 // and as columns of the product, so that both memory formats and all types become one case. The features are read from
-// memory once, and nothing of their size is written: chunk times channels are at most 512 KB, for the second-level cache.
+// memory once, and nothing of their size is written: chunk times channels are at most 512 KB, for the second-level
+// cache.
 //
-// A tile is R rows of block i (a broadcast each) by up to four blocks j: 6 x 4 multiply-adds for 10 loads on AVX-512, bound
-// by arithmetic. Block i (16 KB) stays in the first-level cache while columns stream through. Sums return to memory between
-// chunks, 24 vectors for 256 * 24 multiply-adds.
+// A tile is R rows of block i (a broadcast each) by up to four blocks j: 6 x 4 multiply-adds for 10 loads on AVX-512,
+// bound by arithmetic. Block i (16 KB) stays in the first-level cache while columns stream through. Sums return to
+// memory between chunks, 24 vectors for 256 * 24 multiply-adds.
 //
 // 256 channels of 256 x 256 positions: 4.6 G multiply-adds, 20 ms on two cores of 115 GFLOP/s; 67 MB, 4 ms.
 //
-// The depth is cut into splits, which tasks sum apart and gram_finish adds in order; where there are too few positions for
-// that, tasks share the rows of blocks, and pack again what they share. Both follow from the shape alone.
+// The depth is cut into splits, which tasks sum apart and gram_finish adds in order; where there are too few positions
+// for that, tasks share the rows of blocks, and pack again what they share. Both follow from the shape alone.
 #include "gram_matrix.h"
 
 #include "../common/channel_block.h"
@@ -33,8 +34,8 @@ FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// From a packed block to the next. Five lines more than its positions: blocks one power of two apart would meet in the same
-// sets of the caches.
+// From a packed block to the next. Five lines more than its positions: blocks one power of two apart would meet in the
+// same sets of the caches.
 template <class T>
 int64_t block_step(const GramPlan& plan) {
   return plan.chunk * kLanes<Acc<T>> + 5 * 64 / int64_t(sizeof(Acc<T>));

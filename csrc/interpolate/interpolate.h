@@ -9,8 +9,8 @@
 
 namespace fastcv {
 
-// One axis of the forward pass: output o is input[low], or (1 - weight) * input[low] + weight * input[low + 1], where the
-// last input stands for the one after it. Padded to whole vectors.
+// One axis of the forward pass: output o is input[low], or (1 - weight) * input[low] + weight * input[low + 1], where
+// the last input stands for the one after it. Padded to whole vectors.
 template <class A>
 struct ResampleAxis {
   const int32_t* low;  // -1: zero
@@ -25,8 +25,8 @@ struct GatherAxis {
   const A* weight;
 };
 
-// The same as a table where no input has many outputs: tap t of input i is weight[t * stride + i] * output[from[t * stride
-// + i]], weight 0 where there is none. Padded to whole vectors.
+// The same as a table where no input has many outputs: tap t of input i is weight[t * stride + i] * output[from[t *
+// stride + i]], weight 0 where there is none. Padded to whole vectors.
 template <class A>
 struct TapTable {
   const int32_t* from;  // null: no table

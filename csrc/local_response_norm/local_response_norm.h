@@ -1,5 +1,6 @@
 // Local response normalisation (Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural
-// networks", NIPS 2012, section 3.3): y_c = x_c d_c^-beta, d_c = k + alpha / size * (sum of x^2 over a window of channels).
+// networks", NIPS 2012, section 3.3): y_c = x_c d_c^-beta, d_c = k + alpha / size * (sum of x^2 over a window of
+// channels).
 #pragma once
 
 #include "../common/cpu_isa.h"

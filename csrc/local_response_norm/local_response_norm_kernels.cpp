@@ -1,16 +1,16 @@
 // The loops of local response normalisation.
 //
 // A task takes some positions of an image with all their channels: first their squares to scratch memory, then for each
-// element the sum of its window, the power, and the product. Windows are summed anew for each element: `size` additions of
-// numbers in cache, where a running sum would save two of five but keep the rounding error of what it lost, and infinities
-// for ever. Lanes are positions where the features are contiguous, channels where they are channels-last; scratch rows have
-// zeros on both sides, so that no loop tests for the border:
+// element the sum of its window, the power, and the product. Windows are summed anew for each element: `size` additions
+// of numbers in cache, where a running sum would save two of five but keep the rounding error of what it lost, and
+// infinities for ever. Lanes are positions where the features are contiguous, channels where they are channels-last;
+// scratch rows have zeros on both sides, so that no loop tests for the border:
 //
 //   contiguous     [before + C + after][positions], the window's step is a row
 //   channels-last  [positions][before + C + after], the window's step is 1
 //
-// The usual beta, 3/4, is two square roots and a division, 1.7 cycles an element on AVX-512; others need a power function.
-// Bytes: an element is read and written once, 8 in float32 (backward: 12), which takes as long from memory.
+// The usual beta, 3/4, is two square roots and a division, 1.7 cycles an element on AVX-512; others need a power
+// function. Bytes: an element is read and written once, 8 in float32 (backward: 12), which takes as long from memory.
 //
 // Backward: dL/dx_i = g_i r_i - 2 factor beta x_i (sum of u_c over those c whose window has i), with r = d^-beta and
 // u_c = g_c x_c r_c / d_c. The window of c has i where the mirrored window of i has c.
