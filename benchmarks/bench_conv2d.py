@@ -1,7 +1,7 @@
-"""conv2d: the layers of VGG-16, ResNet-50, its feature pyramid at 800 pixels, ResNeXt and MobileNets, batch 1.
+"""conv2d: layers of VGG-16, ResNet-50, its feature pyramid at 800 pixels, ResNeXt and MobileNets, batch 1; training.
 
-Weights are prepared before, as they are kept between calls. torch runs in both memory formats; the ratio is to
-channels-last, the table has both.
+Weights are prepared before, as they are kept between calls. In training, forward and backward of 3x3 layers at batch 8,
+they are prepared at every call. torch runs in both memory formats; the ratio is to channels-last, the table has both.
 """
 
 import torch
@@ -80,6 +80,18 @@ LAYERS = {
     ],
 }
 
+# images, channels, height and width, outputs; 3x3, stride 1, padding 1
+TRAINED = [
+    (8, 64, 56, 64),
+    (8, 128, 28, 128),
+    (8, 256, 14, 256),
+    (8, 512, 7, 512),
+    (8, 64, 112, 128),
+    (8, 256, 28, 512),
+    (8, 512, 14, 512),
+    (1, 256, 28, 256),
+]
+
 
 def _ours(x, weight, bias, *geometry):
     return lambda: fastcv.ops.conv2d(x, weight, bias, *geometry)
@@ -119,6 +131,44 @@ def _case(model, layer):
     )
 
 
+def _step(conv, memory_format=torch.channels_last):
+    """Forward and backward: the gradients of input, weight and bias."""
+
+    def prepare(x, weight, bias):
+        x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+        arguments = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        gradient = conv(*arguments, padding=1).detach()
+
+        def call():
+            return torch.autograd.grad(conv(*arguments, padding=1), arguments, gradient)
+
+        return call
+
+    return prepare
+
+
+def _agree(result, expected):
+    for ours, theirs in zip(result, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def _training_case(images, channels, size, outputs):
+    def inputs():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(images, channels, size, size, generator=generator)
+        weight = torch.randn(outputs, channels, 3, 3, generator=generator)
+        return x, weight / (channels * 9) ** 0.5, torch.randn(outputs, generator=generator)
+
+    contenders = {
+        "fastcv": _step(fastcv.ops.conv2d),
+        "torch, channels-last": _step(F.conv2d),
+        "torch, contiguous": _step(F.conv2d, torch.contiguous_format),
+    }
+    shape = f"training, batch {images}, {channels} to {outputs} channels, 3x3/1, {size}x{size}"
+    return Case("conv2d", shape, inputs, contenders, agree=_agree, quick=size == 56)
+
+
 CASES = [_case(model, layer) for model, layers in LAYERS.items() for layer in layers]
+CASES += [_training_case(*layer) for layer in TRAINED]
 
 test_conv2d = as_test(CASES)

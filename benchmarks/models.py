@@ -2,17 +2,20 @@
 
 Every runtime is a process of its own with one model in it; they take turns, a few calls each, so that the machine's
 moods hit all alike. Outputs are compared with torch's before anything is timed. Models have random weights from a fixed
-seed and batch norms whose statistics are not trivial. What is not installed, or cannot run a model, is named in the
-table.
+seed and batch norms whose statistics are not trivial. What is not installed, cannot run a model, or (torch.compile)
+takes too long to compile it, is named in the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing
+import os
+import signal
 import statistics
 import tempfile
 import time
@@ -35,6 +38,7 @@ BACKBONE_BF16 = f"{BACKBONE}, bfloat16"  # where fastcv and OpenVINO compute in 
 DETECTOR = "fasterrcnn_resnet50_fpn"  # on an image of 640x480, with scores spread as trained weights spread them
 RUNTIMES = ("fastcv", "torch", "torch, channels-last", "torch.compile", "ONNX Runtime", "OpenVINO")
 ROUNDS, SECONDS = 7, 0.25  # turns of each runtime, and about how long one is
+COMPILE_LIMIT = 300.0  # seconds that torch.compile may take for one model
 TOLERANCE = 1e-3  # of the largest output: runtimes may compute in other orders, but not something else
 
 
@@ -134,6 +138,8 @@ PREPARE: dict[str, Callable] = dict(
 
 def _work(pipe, runtime: str, name: str, threads: int) -> None:
     """A runtime's process: builds, sends its outputs, then times as many calls as it is asked for."""
+    if runtime == "torch.compile" and hasattr(os, "setpgrp"):
+        os.setpgrp()  # see _stop
     torch.set_num_threads(threads)
     try:
         model, x = build(name)
@@ -178,14 +184,37 @@ def _check(name: str, runtime: str, results: list, expected: list) -> None:
         assert error <= tolerance, f"{name}: {runtime} differs from torch by {error:.1e}"
 
 
-def measure(name: str, runtimes: tuple[str, ...], threads: int) -> Row:
+def _stop(process) -> None:
+    """With the compilers that it started, which would outlive it otherwise."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):  # killed before it was the head of its group
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def _first_outputs(pipe, process, limit: float | None) -> list | str:
+    """What a runtime's process sends when it is ready, or why it will not be."""
+    try:
+        if limit is None or pipe.poll(limit):
+            return pipe.recv()
+    except EOFError:  # it died
+        process.join()
+        return f"failed (exit status {process.exitcode})"
+    _stop(process)
+    return f"compiling took over {limit:g} s"
+
+
+def measure(name: str, runtimes: tuple[str, ...], threads: int, compile_limit: float = COMPILE_LIMIT) -> Row:
     context = multiprocessing.get_context("spawn")
     pipes, processes, outputs = {}, {}, {}
     for runtime in runtimes:  # one after the other: building one must not disturb another
         pipes[runtime], other = context.Pipe()
         processes[runtime] = context.Process(target=_work, args=(other, runtime, name, threads), daemon=True)
         processes[runtime].start()
-        outputs[runtime] = pipes[runtime].recv()
+        other.close()  # so that the end of the process is the end of the pipe
+        limit = compile_limit if runtime == "torch.compile" else None
+        outputs[runtime] = _first_outputs(pipes[runtime], processes[runtime], limit)
     missing = {runtime: why for runtime, why in outputs.items() if isinstance(why, str)}
     running = [runtime for runtime in runtimes if runtime not in missing]
     for runtime in running:
@@ -314,6 +343,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=None, help="names of torchvision's; default: those of the table")
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--compile-limit", type=float, default=COMPILE_LIMIT, metavar="SECONDS",
+        help="what torch.compile has not compiled by then is left out, as the table says; default: %(default)g",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results for a whole run, else none")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="write table and chart of an earlier run again")
@@ -323,10 +357,11 @@ def main(arguments: list[str] | None = None) -> int:
         save(options.output or RESULTS, [Row(**row) for row in earlier["rows"]], earlier["environment"])
         return 0
     torch.set_num_threads(options.threads)
-    runtimes = tuple(dict.fromkeys(("fastcv", "torch", *options.runtimes)))
+    chosen = [r for r in options.runtimes if not (options.no_compile and r == "torch.compile")]
+    runtimes = tuple(dict.fromkeys(("fastcv", "torch", *chosen)))
     rows = []
     for name in options.models or [*CLASSIFIERS, BACKBONE, BACKBONE_BF16, DETECTOR]:
-        rows.append(measure(name, runtimes, options.threads))
+        rows.append(measure(name, runtimes, options.threads, options.compile_limit))
         times = ", ".join(f"{runtime} {seconds * 1e3:.1f} ms" for runtime, seconds in rows[-1].seconds.items())
         print(f"{name}: {times} {rows[-1].missing or ''}", flush=True)
     environment = harness.environment()

@@ -1,6 +1,8 @@
 """The harness of the benchmarks: it refuses contenders that disagree, and shows losses."""
 
 import json
+import multiprocessing
+import os
 import time
 
 import pytest
@@ -108,6 +110,37 @@ def test_outputs_of_runtimes_must_agree():
     models._check("resnet18", "OpenVINO", [expected[0] + 1e-4], expected)
     with pytest.raises(AssertionError, match="resnet18: OpenVINO differs from torch"):
         models._check("resnet18", "OpenVINO", [expected[0] + 0.1], expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "argument", "limit", "why"),
+    [(time.sleep, 60, 0.2, "compiling took over 0.2 s"), (os._exit, 3, None, "failed (exit status 3)")],
+)
+def test_runtimes_that_never_get_ready(target, argument, limit, why):
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=target, args=(argument,), daemon=True)
+    process.start()
+    if limit is None:
+        other.close()
+    assert models._first_outputs(pipe, process, limit) == why
+    assert not process.is_alive()
+
+
+def test_torch_compile_can_be_left_out(monkeypatch, capsys):
+    asked = []
+
+    def measure(name, runtimes, threads, compile_limit):
+        asked.append((runtimes, compile_limit))
+        return models.Row(name, {"fastcv": 0.01, "torch": 0.02}, {})
+
+    monkeypatch.setattr(models, "measure", measure)
+    threads = ["--threads", str(torch.get_num_threads())]
+    models.main(["--models", "resnet18", *threads])
+    models.main(["--models", "resnet18", "--no-compile", "--compile-limit", "7", *threads])
+    assert asked[0] == (models.RUNTIMES, models.COMPILE_LIMIT)
+    assert asked[1] == (tuple(r for r in models.RUNTIMES if r != "torch.compile"), 7)
+    assert "| resnet18 | 10.0 | 20.0 |" in capsys.readouterr().out
 
 
 def test_every_model_has_a_row():

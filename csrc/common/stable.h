@@ -95,7 +95,7 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> size, ScalarType dtype,
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   const bool wide = dtype == ScalarType::Double || dtype == ScalarType::Long;
   const bool narrow = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  int64_t bytes = wide ? 8 : narrow ? 2 : 4;
+  int64_t bytes = wide ? 8 : narrow ? 2 : dtype == ScalarType::Byte ? 1 : 4;
   bool overflow = false;
   for (int64_t n : sizes) overflow |= n < 0 || __builtin_mul_overflow(bytes, n, &bytes);
   if (overflow || bytes < LargeBlocks::kLeast || !LargeBlocks::instance().keeps())  // torch raises for what cannot be

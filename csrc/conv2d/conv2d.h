@@ -74,6 +74,11 @@ FASTCV_EACH_ISA(
     // less prepared weights: for few pixels.
     FASTCV_CONV2D_KERNEL(conv2d_winograd_3x3)
     FASTCV_CONV2D_KERNEL(conv2d_winograd_2x2)
+    // The same with 64 products instead of 324, for 6 x 6 pixels; less exact.
+    FASTCV_CONV2D_KERNEL(conv2d_winograd_6x6)
+    // 5x5 in the same way: 36 products instead of 100 for 2 x 2 pixels, and, less exact, 64 instead of 400 for 4 x 4.
+    FASTCV_CONV2D_KERNEL(conv2d_winograd_5x5)
+    FASTCV_CONV2D_KERNEL(conv2d_winograd_5x5_4x4)
     // One input and one output channel to a group, any kernel.
     FASTCV_CONV2D_KERNEL(conv2d_depthwise)
     // 1x1 on few pixels: reads the weights where they lie.

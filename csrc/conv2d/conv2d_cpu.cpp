@@ -31,6 +31,63 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int6
   return s;
 }
 
+// Where the weights [K, C / groups, KH, KW] of a convolution lie.
+struct WeightView {
+  const float* data;
+  int64_t step_k, step_c, step_y, step_x;
+
+  explicit WeightView(const Tensor& w)
+      : data(fastcv::data<float>(w)), step_k(w.stride(0)), step_c(w.stride(1)), step_y(w.stride(2)), step_x(w.stride(3)) {}
+
+  // Those of the gradient of the input: each filter turned round, and outputs and inputs exchanged.
+  WeightView transposed(const Conv2dShape& of) const {
+    WeightView view = *this;
+    view.data += (of.kernel_h - 1) * step_y + (of.kernel_w - 1) * step_x;
+    view.step_k = step_c, view.step_c = step_k, view.step_y = -step_y, view.step_x = -step_x;
+    return view;
+  }
+
+  bool is_contiguous(const Conv2dShape& s) const {
+    return step_x == 1 && step_y == s.kernel_w && step_c == s.kernel_h * s.kernel_w && step_k == s.group_channels() * step_c;
+  }
+
+  // Outputs first to last, contiguous; neighbours in memory one after the other.
+  void copy(const Conv2dShape& s, int64_t first, int64_t last, float* to) const {
+    const int64_t channels = s.group_channels(), area = s.kernel_h * s.kernel_w, outputs = last - first;
+    const bool channels_inside = step_c <= step_k;
+    for (int64_t i = 0; i < outputs * channels; ++i) {
+      const int64_t k = channels_inside ? i / channels : i % outputs, c = channels_inside ? i % channels : i / outputs;
+      const float* from = data + (first + k) * step_k + c * step_c;
+      float* filter = to + (k * channels + c) * area;
+      for (int64_t y = 0; y < s.kernel_h; ++y)
+        for (int64_t x = 0; x < s.kernel_w; ++x) *filter++ = from[y * step_y + x * step_x];
+    }
+  }
+};
+
+// Weights laid out for the kernel. Winograd's, which take longest, by several threads: in its layout multiples of 64 outputs
+// (whole panels on every instruction set) lie one after the other.
+Tensor prepare_weights(const Conv2dKernel& kernel, const Conv2dShape& shape, const WeightView& weight) {
+  const bool divisible = kernel.number == 1 || kernel.number == 5 || kernel.number == 11;
+  const int64_t most = divisible ? 64 : shape.out_channels, parts = (shape.out_channels + most - 1) / most;
+  const bool contiguous = weight.is_contiguous(shape);
+  Tensor prepared = empty_cpu({kernel.weights(shape)}, ScalarType::Float);
+  float* const out = mutable_data<float>(prepared);
+  parallel_dynamic(parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t filters = most * shape.group_channels() * shape.kernel_h * shape.kernel_w;
+    const Scratch<float> copy = allocate_scratch<float>(contiguous ? 0 : filters);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * most, last = std::min(shape.out_channels, first + most);
+      Conv2dShape before = shape, part = shape;
+      before.out_channels = first, part.out_channels = last - first;
+      if (!contiguous) weight.copy(shape, first, last, copy.get());
+      kernel.prepare(part, contiguous ? weight.data + first * weight.step_k : copy.get(),
+                     out + (first ? kernel.weights(before) : 0));
+    }
+  });
+  return prepared;
+}
+
 Tensor conv2d_prepare_cpu(const Tensor& weight, int64_t groups, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                           const std::string& kernel_name) {
@@ -39,37 +96,15 @@ Tensor conv2d_prepare_cpu(const Tensor& weight, int64_t groups, const std::vecto
   std::vector<int64_t> input{1, weight.size(1) * groups, 0, 0};
   for (int i = 0; i < 2; ++i) input[2 + i] = std::max<int64_t>(1, dilation.at(i) * (weight.size(2 + i) - 1) + 1);
   const Conv2dShape shape = make_shape(input, size_of(weight), stride, padding, dilation, groups);
-  const Conv2dKernel& kernel = kernel_for(kernel_name, shape);
-  const Tensor contiguous = as_contiguous(weight, ScalarType::Float);
-  Tensor prepared = empty_cpu({kernel.weights(shape)}, ScalarType::Float);
-  kernel.prepare(shape, data<float>(contiguous), mutable_data<float>(prepared));
-  return prepared;
+  return prepare_weights(kernel_for(kernel_name, shape), shape, WeightView(weight));
 }
 
-Tensor conv2d_cpu(const Tensor& input_any, const Tensor& weight, const std::optional<Tensor>& bias,
-                  const std::optional<Tensor>& residual, const std::optional<Tensor>& prepared_or_none, int64_t groups,
-                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                  const std::vector<int64_t>& dilation, const std::string& activation, double slope,
-                  const std::string& kernel_name) {
-  check_float(input_any, "input"), check_float(weight, "weight");
-  STD_TORCH_CHECK(input_any.dim() == 4, "input: expected shape [N, C, H, W]");
-  const Conv2dShape shape = make_shape(size_of(input_any), size_of(weight), stride,
-                                       padding, dilation, groups);
-  const Conv2dKernel& kernel = kernel_for(kernel_name, shape);
-  const Tensor prepared = prepared_or_none
-                              ? *prepared_or_none
-                              : conv2d_prepare_cpu(weight, groups, stride, padding, dilation, kernel.name);
-  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Float && prepared.is_contiguous() &&
-                      prepared.numel() == kernel.weights(shape),
-                  "prepared: expected what conv2d_prepare gives for the same weight and kernel");
-  Conv2d conv{};
-  conv.shape = shape;
-  conv.weight = data<float>(prepared);
-  conv.activation = activation_of(activation), conv.slope = float(slope);
+// Runs `conv`, whose shape, weights and epilogue are set, on an input; the output has its memory format.
+Tensor run_conv2d(const Conv2dKernel& kernel, Conv2d& conv, const Tensor& input_any) {
+  const Conv2dShape& shape = conv.shape;
   const Tensor input = with_channels_last(input_any);
   Tensor output = empty_cpu({shape.images, shape.out_channels, shape.out_height, shape.out_width}, ScalarType::Float,
                             MemoryFormat::ChannelsLast);
-  const Epilogue epilogue(bias, residual, output, conv);
   conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
   if (output.numel() > 0) {
     const int64_t scratch_size = kernel.scratch(shape);
@@ -79,6 +114,48 @@ Tensor conv2d_cpu(const Tensor& input_any, const Tensor& weight, const std::opti
     });
   }
   return is_channels_last(input_any) ? output : torch::stable::contiguous(output);
+}
+
+Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& prepared_or_none, int64_t groups,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, const std::string& activation, double slope,
+                  const std::string& kernel_name) {
+  check_float(input, "input"), check_float(weight, "weight");
+  STD_TORCH_CHECK(input.dim() == 4, "input: expected shape [N, C, H, W]");
+  const Conv2dShape shape = make_shape(size_of(input), size_of(weight), stride, padding, dilation, groups);
+  const Conv2dKernel& kernel = kernel_for(kernel_name, shape);
+  const Tensor prepared = prepared_or_none ? *prepared_or_none : prepare_weights(kernel, shape, WeightView(weight));
+  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Float && prepared.is_contiguous() &&
+                      prepared.numel() == kernel.weights(shape),
+                  "prepared: expected what conv2d_prepare gives for the same weight and kernel");
+  Conv2d conv{};
+  conv.shape = shape;
+  conv.weight = data<float>(prepared);
+  conv.activation = activation_of(activation), conv.slope = float(slope);
+  const Epilogue epilogue(bias, residual, conv);
+  return run_conv2d(kernel, conv, input);
+}
+
+// The gradient of the input of a convolution with stride 1, no dilation and one group: a convolution itself, of the output's
+// gradient, with the weights turned round and K - 1 - padding.
+Tensor conv2d_input_gradient_cpu(const Tensor& grad, const Tensor& weight, const std::vector<int64_t>& padding,
+                                 const std::string& kernel_name) {
+  check_float(grad, "grad"), check_float(weight, "weight");
+  STD_TORCH_CHECK(grad.dim() == 4 && weight.dim() == 4 && padding.size() == 2,
+                  "grad, weight, padding: expected shapes [N, K, OH, OW] and [K, C, KH, KW], and two numbers");
+  std::vector<int64_t> size = size_of(weight), rest(2);
+  std::swap(size[0], size[1]);
+  for (int i = 0; i < 2; ++i) {
+    rest[i] = size[2 + i] - 1 - padding[i];
+    STD_TORCH_CHECK(padding[i] >= 0 && rest[i] >= 0, "padding: expected 0 to ", size[2 + i] - 1, ", got ", padding[i]);
+  }
+  Conv2d conv{};
+  conv.shape = make_shape(size_of(grad), size, {1, 1}, rest, {1, 1}, 1);
+  const Conv2dKernel& kernel = kernel_for(kernel_name, conv.shape);
+  const Tensor prepared = prepare_weights(kernel, conv.shape, WeightView(weight).transposed(conv.shape));
+  conv.weight = data<float>(prepared);
+  return run_conv2d(kernel, conv, grad);
 }
 
 // Number of the kernel that "auto" stands for, as fastcv.ops.conv2d.KERNELS counts them.
@@ -102,6 +179,7 @@ void conv2d_choose(const std::vector<int64_t>& input, const std::vector<int64_t>
 
 STABLE_TORCH_LIBRARY_IMPL(fastcv, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&fastcv::conv2d_cpu));
+  m.impl("conv2d_input_gradient", TORCH_BOX(&fastcv::conv2d_input_gradient_cpu));
   m.impl("conv2d_kernel", TORCH_BOX(&fastcv::conv2d_kernel_cpu));
   m.impl("conv2d_prepare", TORCH_BOX(&fastcv::conv2d_prepare_cpu));
 }

@@ -1,6 +1,8 @@
 // What happens to a vector of sums on its way to memory.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/simd_exp.h"
 #include "conv2d.h"
 
@@ -29,8 +31,8 @@ FASTCV_INLINE Vec<float> activate(Vec<float> x, Activation activation, float slo
     case Activation::relu6: return clamp(x, 0, 6);
     case Activation::leaky_relu: return x > 0 ? x : x * slope;
     case Activation::silu: return x * sigmoid(x);
-    case Activation::hardswish: return x * (clamp(x + 3.0f, 0, 6) / 6.0f);
-    case Activation::hardsigmoid: return clamp(x + 3.0f, 0, 6) / 6.0f;
+    case Activation::hardswish: return x * (clamp(x + 3.0f, 0, 6) * (1.0f / 6));
+    case Activation::hardsigmoid: return clamp(x + 3.0f, 0, 6) * (1.0f / 6);
     case Activation::sigmoid: return sigmoid(x);
     case Activation::gelu: return gelu(x);
   }
@@ -68,6 +70,53 @@ FASTCV_INLINE void finish(const Conv2d& conv, Vec<float> sum, int64_t image, int
          residual.data ? residual.data + image * residual.stride_n + y * residual.stride_y + x * residual.stride_x + c
                        : nullptr,
          output.data + image * output.stride_n + y * output.stride_y + x * output.stride_x + c, n);
+}
+
+template <class F>
+FASTCV_INLINE void for_each_vector(float* x, int vectors, F f) {
+#pragma GCC unroll 4
+  for (int i = 0; i < vectors; ++i) store(x + i * kLanes<float>, f(load(x + i * kLanes<float>)));
+}
+
+// One question for all of them, instead of one for each.
+[[maybe_unused]] static void activate_all(float* x, int vectors, Activation activation, float slope) {
+  const auto all = [&](auto constant) {
+    for_each_vector(x, vectors, [&](Vec<float> v) FASTCV_INLINE_LAMBDA { return activate(v, decltype(constant)::value, slope); });
+  };
+  switch (activation) {
+#define FASTCV_CASE(name) \
+  case Activation::name: return all(std::integral_constant<Activation, Activation::name>{})
+    FASTCV_CASE(relu);
+    FASTCV_CASE(relu6);
+    FASTCV_CASE(leaky_relu);
+    FASTCV_CASE(silu);
+    FASTCV_CASE(hardswish);
+    FASTCV_CASE(hardsigmoid);
+    FASTCV_CASE(sigmoid);
+    FASTCV_CASE(gelu);
+#undef FASTCV_CASE
+    case Activation::none: return;
+  }
+}
+
+// The pixels of a tile: sums of `vectors` vectors for each (which this overwrites), of which the first n channels exist.
+[[maybe_unused]] static void finish_tile(const Conv2d& conv, float* sums, int pixels, int vectors, int64_t n,
+                                         const float* residual, float* output) {
+  constexpr int lanes = kLanes<float>;
+  const auto each = [&](auto f) {
+    for (int p = 0; p < pixels; ++p)
+      for (int v = 0; v < vectors; ++v) f(p, v * lanes, sums + (p * vectors + v) * lanes, n - v * lanes);
+  };
+  if (residual)
+    each([&](int p, int c, float* x, int64_t left) FASTCV_INLINE_LAMBDA {
+      const float* r = residual + p * conv.residual.stride_x + c;
+      store(x, load(x) + (left >= lanes ? load(r) : load_first(r, int(left))));
+    });
+  activate_all(sums, pixels * vectors, conv.activation, conv.slope);
+  each([&](int p, int c, float* x, int64_t left) FASTCV_INLINE_LAMBDA {
+    float* y = output + p * conv.output.stride_x + c;
+    left >= lanes ? store(y, load(x)) : store_first(y, load(x), int(left));
+  });
 }
 
 }  // namespace fastcv::FASTCV_ISA

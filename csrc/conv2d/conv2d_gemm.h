@@ -72,11 +72,16 @@ Plan make_plan(const Conv2dShape& s) {
   const int64_t reach = resident * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
   const int64_t elements = p.depth * s.group_outputs() < 512 * 1024 ? kBlockElements : kLargeBlock;
   const int64_t pixels = max_of(12, min_of(kMostPixels, elements / max_of(1, reach)));
+  p.panels = ceil_div(s.group_outputs(), kPanel);
   p.blocks_x = ceil_div(columns, pixels);
+  // As much work for every thread: 17 blocks would leave one of two waiting for half a block.
+  const bool few = p.flat && s.images * s.groups * p.blocks_x < kEnoughTasks * 2 * s.threads;
+  if (few && (p.blocks_x > 1 || (p.panels % s.threads && p.panels < 4 * s.threads)))
+    p.blocks_x = min_of(ceil_div(p.blocks_x, s.threads) * s.threads, columns);
   p.block_w = ceil_div(columns, p.blocks_x);
+  p.blocks_x = ceil_div(columns, p.block_w);
   p.block_h = max_of(1, min_of(rows, pixels / p.block_w));
   p.blocks_y = ceil_div(rows, p.block_h);
-  p.panels = ceil_div(s.group_outputs(), kPanel);
   const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
   p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks * s.threads, max_of(1, blocks)));
   p.group_panels = ceil_div(p.panels, p.panel_groups);
@@ -147,6 +152,14 @@ void run_tile(const Tile& t) {
       for (int v = 0; v < NV; ++v) store(t.partial + r * kPanel + v * L, sum[r][v]);
     return;
   }
+  if (!t.bounds.exact || t.last != L) {
+    float sums[R * NV * L];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) store(sums + (r * NV + v) * L, sum[r][v]);
+    return finish_tile(*t.conv, sums, R, NV, (NV - 1) * L + t.last, t.residual, t.output);
+  }
   const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -154,12 +167,8 @@ void run_tile(const Tile& t) {
     float* output = t.output + r * t.output_step;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      if (t.bounds.exact && (v + 1 < NV || t.last == L)) {
-        if (residual) sum[r][v] += load(residual + v * L);
-        store(output + v * L, min(high, max(low, sum[r][v])));
-      } else {
-        finish(*t.conv, sum[r][v], nullptr, residual ? residual + v * L : nullptr, output + v * L, v + 1 < NV ? L : t.last);
-      }
+      if (residual) sum[r][v] += load(residual + v * L);
+      store(output + v * L, min(high, max(low, sum[r][v])));
     }
   }
 }

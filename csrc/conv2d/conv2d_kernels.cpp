@@ -13,27 +13,47 @@ namespace {
   Conv2dKernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                  \
                FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
 
-// Kernels smaller than 3x3 gain less, and only where there are channels enough to pay for the transforms. Dilated ones fall
-// into dilation x dilation ones of every dilation-th pixel.
+bool is_undilated(const Conv2dShape& s) { return s.dilation_h == 1 && s.dilation_w == 1; }
+
+// Dilated ones fall into dilation x dilation ones of every dilation-th pixel, where they keep the size.
+template <int64_t Size>
 bool is_winograd(const Conv2dShape& s) {
-  if (s.stride_h != 1 || s.stride_w != 1 || s.groups != 1 || s.input_norm || s.kernel_h > 3 || s.kernel_w > 3) return false;
-  const bool dilated = s.dilation_h != 1 || s.dilation_w != 1;
-  if (s.kernel_h == 3 && s.kernel_w == 3) {
-    const bool same_size = s.out_height == s.height && s.out_width == s.width;
-    return !dilated || (s.dilation_h == s.pad_h && s.dilation_w == s.pad_w && same_size);
-  }
-  return s.kernel_h * s.kernel_w > 1 && !dilated && s.channels >= 32 && s.out_channels >= 32;
+  const bool phases = 2 * s.pad_h == s.dilation_h * (Size - 1) && 2 * s.pad_w == s.dilation_w * (Size - 1) &&
+                      s.out_height == s.height && s.out_width == s.width;
+  return s.kernel_h == Size && s.kernel_w == Size && s.stride_h == 1 && s.stride_w == 1 && (is_undilated(s) || phases) &&
+         s.groups == 1 && !s.input_norm;
+}
+
+// Kernels smaller than 3x3 gain less, and only where there are channels enough to pay for the transforms.
+bool is_small(const Conv2dShape& s) {
+  return s.kernel_h <= 3 && s.kernel_w <= 3 && s.kernel_h * s.kernel_w > 1 && s.kernel_h * s.kernel_w < 9;
+}
+bool is_winograd_to_3(const Conv2dShape& s) {
+  return is_winograd<3>(s) || (is_small(s) && s.stride_h == 1 && s.stride_w == 1 && is_undilated(s) && s.groups == 1 &&
+                               !s.input_norm && s.channels >= 32 && s.out_channels >= 32);
 }
 
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
 
-// 6, 5 or 4, whichever costs least; 5 pays for kernels of 2 elements, whose tiles of 4 outputs fit sizes that are powers of 2.
-int64_t best_patch(const Conv2dShape& s) {
-  const bool small = s.kernel_h < 3 || s.kernel_w < 3;
-  int64_t best = 6;
-  for (int64_t patch : {int64_t(5), int64_t(4)})
-    if ((patch != 5 || small) && winograd_cost(s, patch) < winograd_cost(s, best)) best = patch;
-  return best;
+double round_up(int64_t channels) { return double((channels + 15) / 16 * 16); }
+
+// Winograd's tiles, of patch x patch input pixels, by the number of their kernel.
+struct WinogradTile {
+  int64_t number, patch;
+  bool fast;  // of Precision::fast alone
+};
+constexpr WinogradTile kWinogradTiles[] = {{1, 6, false}, {5, 4, false}, {8, 8, true}, {9, 6, false}, {10, 8, true}, {11, 5, false}};
+
+const WinogradTile* winograd_tile(const Conv2dKernel& kernel) {
+  for (const WinogradTile& tile : kWinogradTiles)
+    if (tile.number == kernel.number) return &tile;
+  return nullptr;
+}
+
+// In products of one pair of channels.
+double direct_cost(const Conv2dShape& s) {
+  const double elements = double(s.kernel_h * s.kernel_w);
+  return double(s.images * s.out_height * s.out_width) * elements * (1 + 2 / double(s.channels));
 }
 
 // In the order of preference: the first that serves a shape is chosen.
@@ -42,9 +62,12 @@ const std::vector<Conv2dKernel>& kernels() {
       FASTCV_KERNEL(2, depthwise, is_depthwise),
       FASTCV_KERNEL(3, grouped, FASTCV_PICK(conv2d_grouped_serves)),
       FASTCV_KERNEL(6, gemv, FASTCV_PICK(conv2d_gemv_serves)),
-      FASTCV_KERNEL(5, winograd_2x2, is_winograd),
-      FASTCV_KERNEL(8, winograd_3x3, is_winograd),
-      FASTCV_KERNEL(1, winograd, is_winograd),
+      FASTCV_KERNEL(5, winograd_2x2, is_winograd_to_3),
+      FASTCV_KERNEL(11, winograd_3x3, is_winograd_to_3),
+      FASTCV_KERNEL(1, winograd, is_winograd_to_3),
+      FASTCV_KERNEL(8, winograd_6x6, is_winograd<3>),
+      FASTCV_KERNEL(9, winograd_5x5, is_winograd<5>),
+      FASTCV_KERNEL(10, winograd_5x5_4x4, is_winograd<5>),
       FASTCV_KERNEL(7, bf16, [](const Conv2dShape&) { return true; }),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
@@ -98,41 +121,58 @@ static bool has_bf16() {
 #endif
 }
 
+// The first that serves the shape, and of Winograd's the one that costs least, where that is less than the direct sum. What
+// costs exactness must promise to be a tenth faster. Tiles of 5x5 pixels pay for kernels of 2 elements, for which they have 4
+// outputs along an axis and fit sizes that are powers of 2.
+static const Conv2dKernel* cheapest(const Conv2dShape& shape, bool with_winograd, bool fast) {
+  const Conv2dKernel* best = nullptr;
+  double least = 0;
+  for (const Conv2dKernel& kernel : kernels()) {
+    if (kernel.number == 7 || !kernel.serves(shape)) continue;  // bfloat16 only where it is asked for
+    const WinogradTile* tile = winograd_tile(kernel);
+    if (!tile) return best ? best : &kernel;
+    if (!with_winograd || (tile->fast && !fast) || (tile->patch == 5 && !is_small(shape))) continue;
+    const double cost = winograd_cost(shape, tile->patch) * (tile->fast ? 1.1 : 1), limit = best ? least : direct_cost(shape);
+    if (cost < limit) best = &kernel, least = cost;
+  }
+  return best;
+}
+
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision) {
-  const Conv2dKernel* kernel = conv2d_kernel(name, shape);
-  if (name != "auto" || !kernel) return kernel;
-  const bool winograd = kernel->number == 1 || kernel->number == 5 || kernel->number == 8;
-  if (precision == Precision::highest && winograd) return conv2d_kernel("gemm", shape);
+  if (name != "auto") {
+    for (const Conv2dKernel& kernel : kernels())
+      if (name == kernel.name && kernel.serves(shape)) return &kernel;
+    return nullptr;
+  }
+  const bool fast = precision == Precision::fast;
+  const Conv2dKernel* kernel = cheapest(shape, precision != Precision::highest, fast);
+  const WinogradTile* tile = kernel ? winograd_tile(*kernel) : nullptr;
+  if (tile && tile->fast) return kernel;  // measured choices know nothing of these
+  if (const Conv2dKernel* measured = chosen(shape))
+    if (precision != Precision::highest || !winograd_tile(*measured)) kernel = measured;
   // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
   // Where pixels have few channels, rounding them takes as long as it saves.
-  if (precision == Precision::bfloat16 && has_bf16() && shape.group_channels() >= 16 && (kernel->number == 0 || kernel->number == 5))
+  if (precision == Precision::bfloat16 && kernel && (kernel->number == 0 || kernel->number == 5) && has_bf16() &&
+      shape.group_channels() >= 16)
     return conv2d_kernel("bf16", shape);
   return kernel;
 }
 
-const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape) {
-  if (name == "auto")
-    if (const Conv2dKernel* kernel = chosen(shape)) return kernel;
-  for (const Conv2dKernel& kernel : kernels())
-    if ((name == "auto" || name == kernel.name) && kernel.serves(shape)) {
-      if (name == "auto" && kernel.number == 7) continue;  // only where it is asked for
-      if (name == "auto" && kernel.number == 5 && best_patch(shape) != 4) continue;
-      if (name == "auto" && kernel.number == 8 && best_patch(shape) != 5) continue;
-      return &kernel;
-    }
-  return nullptr;
-}
-
-// The arithmetic or reading the weights, whichever takes longer. From memory a weight takes as long as 12 products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more
-// cores have less memory each), from the last-level cache as long as 3.
+// Transforming the input takes as long as about 8 products with one channel for each of its elements (9 for tiles of 8 x 8),
+// and storing sums and transforming them back as long as 20 (22), along one axis half; a direct sum's store takes 2. Reading
+// the weights comes after that, or before where it takes longer. From memory one takes as long as 12 products (2 cores of
+// Zen 4: 220 GFLOP/s, 37 GB/s; more cores have less memory each), from the last-level cache as long as 3; prefetching hides
+// half of it.
 double winograd_cost(const Conv2dShape& s, int64_t patch) {
   const int64_t patch_h = s.kernel_h == 1 ? 1 : patch, patch_w = s.kernel_w == 1 ? 1 : patch, elements = patch_h * patch_w;
   const int64_t tile_h = patch_h + 1 - s.kernel_h, tile_w = patch_w + 1 - s.kernel_w;
   const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
   const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + tile_h - 1) / tile_h) * ((wide + tile_w - 1) / tile_w);
-  const double products = double(tiles * elements);
+  const double channels = double(s.channels), effort = (patch == 8 ? 1.1 : 1) / (patch_h == 1 || patch_w == 1 ? 2 : 1);
+  const double transforms = 8 * effort * round_up(s.channels) / channels / round_up(s.out_channels) + 20 * effort / channels;
   const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
-  return std::max(products, double(elements) * (cached ? 3 : 12));
+  const double products = double(tiles * elements) * (1 + transforms), reading = double(elements) * (cached ? 3 : 12);
+  return std::max(products, reading) + reading / 2;
 }
 
 bool set_output_size(Conv2dShape& s) {

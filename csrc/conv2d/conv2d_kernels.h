@@ -19,17 +19,17 @@ struct Conv2dKernel {
   bool (*serves)(const Conv2dShape&);
 };
 
-// The named kernel, or for "auto" the one that is fastest on the shape; null where none serves it.
-const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape);
-
 // Has "auto" choose a kernel for convolutions of just this shape, whatever their precision allows; null undoes it. Measured
 // choices (fastcv.tune) come this way.
 void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel);
 
 // What may be given up for speed. The default's relative error is at most 1e-5; highest has no Winograd; bfloat16 rounds
-// operands, where the processor is faster so.
-enum class Precision : int64_t { standard, highest, bfloat16 };
-const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision);
+// operands, where the processor is faster so; fast has Winograd's largest tiles, with relative errors of at most 5e-5.
+enum class Precision : int64_t { standard, highest, bfloat16, fast };
+
+// The named kernel, or for "auto" the one that is fastest on the shape; null where none serves it.
+const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape,
+                                  Precision precision = Precision::standard);
 
 // What Winograd's tiles of patch x patch input pixels cost, in products of one pair of channels.
 double winograd_cost(const Conv2dShape& shape, int64_t patch);

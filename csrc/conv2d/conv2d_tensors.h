@@ -41,21 +41,21 @@ inline void check_float(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32");
 }
 
-// Bias and residual of a convolution, checked, and kept while it runs.
+// Bias and residual of a convolution whose shape is set, checked, and kept while it runs.
 struct Epilogue {
   std::optional<Tensor> bias, residual;
 
-  Epilogue(const std::optional<Tensor>& bias_any, const std::optional<Tensor>& residual_any, const Tensor& output, Conv2d& conv) {
+  Epilogue(const std::optional<Tensor>& bias_any, const std::optional<Tensor>& residual_any, Conv2d& conv) {
+    const Conv2dShape& s = conv.shape;
     if (bias_any) {
-      STD_TORCH_CHECK(bias_any->dim() == 1 && bias_any->size(0) == output.size(1), "bias: expected shape [", output.size(1), "]");
+      STD_TORCH_CHECK(bias_any->dim() == 1 && bias_any->size(0) == s.out_channels, "bias: expected shape [", s.out_channels, "]");
       bias = as_contiguous(*bias_any, ScalarType::Float);
       conv.bias = data<float>(*bias);
     }
     if (residual_any) {
       check_float(*residual_any, "residual");
-      STD_TORCH_CHECK(residual_any->dim() == 4 && residual_any->size(0) == output.size(0) && residual_any->size(1) == output.size(1) &&
-                          residual_any->size(2) == output.size(2) && residual_any->size(3) == output.size(3),
-                      "residual: expected the shape of the output");
+      const std::vector<int64_t> size{s.images, s.out_channels, s.out_height, s.out_width};
+      STD_TORCH_CHECK(residual_any->dim() == 4 && size_of(*residual_any) == size, "residual: expected the shape of the output");
       residual = with_channels_last(*residual_any);
       conv.residual = pixel_map<const float>(*residual);
     }

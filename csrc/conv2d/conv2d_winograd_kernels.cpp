@@ -1,24 +1,39 @@
-// Convolution with stride 1 and kernels of up to 3 elements along each axis by Winograd's minimal filtering (Lavin and Gray,
-// "Fast Algorithms for Convolutional Neural Networks", CVPR 2016).
+// Convolution with stride 1 by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural
+// Networks", CVPR 2016): of kernels of up to 3 elements along each axis, and of 5x5.
 //
 // With R elements along an axis, a tile of M output pixels depends on P = M + R - 1 input pixels d. With the matrices B, G
-// and A of the paper,
+// and A of the paper (conv2d_winograd_transforms.h),
 //     output = A^T [ (G g G^T) * (B^T d B) ] A,
 // where * multiplies element by element: P^2 products for each pair of channels. B depends on P alone, so that tiles of P x P
 // input pixels serve kernels of 2 and 3 elements, 3x2 as well; along an axis of 1 element tiles are 1 pixel high and nothing is
 // transformed:
-//     P = 6    F(4x4, 3x3): 36 products instead of 144    F(5x5, 2x2): 36 instead of 100    F(4, 3): 6 instead of 12
-//     P = 5    F(3x3, 3x3): 25 instead of 81              F(4x4, 2x2): 25 instead of 64     F(4, 2): 5 instead of 8
-//     P = 4    F(2x2, 3x3): 16 instead of 36              F(3x3, 2x2): 16 instead of 36     F(3, 2): 4 instead of 6
+//     P = 4    F(2x2, 3x3): 16 products instead of 36    F(3x3, 2x2): 16 instead of 36     F(3, 2): 4 instead of 6
+//     P = 5    F(3x3, 3x3): 25 instead of 81             F(4x4, 2x2): 25 instead of 64     F(4, 2): 5 instead of 8
+//     P = 6    F(4x4, 3x3): 36 instead of 144            F(5x5, 2x2): 36 instead of 100    F(4, 3): 6 instead of 12
+//              F(2x2, 5x5): 36 instead of 100
+//     P = 8    F(6x6, 3x3): 64 instead of 324            F(4x4, 5x5): 64 instead of 400
 // Summed over input channels they are matrix products, one for each element e of a tile:
-// M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is prepared once. The points are 0, 1, -1, (2, (-2)) and
-// infinity; the error for P = 6 is about three times that of the direct sum.
+// M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is prepared once. With patches of 8 x 8 errors are about ten times
+// those of the direct sum, with others of its size up to twice that.
 //
 // A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (for P = 6
 // 144 T C bytes), then for each panel multiplies and transforms back from M (144 T panel bytes). U of a layer (144 C K
 // bytes: 9 MB for 256 x 256) is read once for each block of tiles, from the last-level cache where it fits: T grows with U,
 // so that this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads share the work
 // evenly. Where a layer has few tiles (14x14 pixels: 16) tasks share them and divide the panels.
+//
+// On one core of Zen 4 (110 GFLOP/s), in GFLOP/s of the direct sum by processor time, two runs on a busy machine (the first
+// before channels were summed in chunks):
+//     F(4x4, 3x3), F(6x6, 3x3)    56x56                112x112              224x224 or 200x272
+//     64 -> 64                270-332, 258-359     263-281, 285-289     275-287, 296-309
+//     128 -> 128              310-331, 338-352     313-320, 347-368
+//     256 -> 256              357-358, 335-351     371-372, 428-441     370-373, 412-438
+//     512 -> 512              361-380, 371-392     (28x28: 316-346, 330-339; 14x14: 237, 157)
+// so tiles of 6x6 gain 2 to 19 percent on maps of 112 pixels and more, nothing reliable at 56, and lose on small ones. Blocks
+// of 6 to 36 tiles instead of those below change that by a few percent up to 256 channels; with 512 small blocks, which read
+// U more often, lose up to a third. 5x5, as many times as fast as the matrix product (one run):
+//     F(2x2, 5x5), F(4x4, 5x5)    64 -> 192 27x27: 2.0, 3.9      48 -> 64 35x35: 2.1, 3.9     128 -> 128 28x28: 2.1, 3.9
+//                                 48 -> 128 7x7: 1.6, 2.7        16 -> 32 28x28: 1.5, 2.6     3 -> 32 64x64: 0.6, 1.3
 //
 // Dilated convolutions are taken apart into phases without dilation, which pixel strides express.
 //
@@ -28,6 +43,7 @@
 // tiles of a product prefetch the next one's U.
 #include "conv2d_epilogue.h"
 #include "conv2d_tile.h"
+#include "conv2d_winograd_transforms.h"
 
 namespace fastcv::FASTCV_ISA {
 namespace {
@@ -51,7 +67,8 @@ struct Plan {
   int64_t tiles_y, tiles_x, phase_tiles, image_tiles;  // of the largest phase of an image (without dilation there is one)
   int64_t tiles, block, blocks;                        // of all images; of a task
   int64_t panels, panel_groups, group_panels;
-  int64_t row;  // floats from one element of V to the next: channels, and what keeps cache sets apart
+  int64_t row;             // floats from one element of V to the next: channels, and what keeps cache sets apart
+  int64_t v_step, m_step;  // floats from one tile's V and M to the next's
 };
 
 // Cycles, about: transforming the input, then for each panel reading U from the last-level cache at 32 bytes a cycle, the
@@ -71,8 +88,9 @@ Plan make_plan(const Conv2dShape& s) {
   p.tiles_x = ceil_div(ceil_div(s.out_width, s.dilation_w), p.tile_w);
   p.phase_tiles = p.tiles_y * p.tiles_x;
   p.image_tiles = s.dilation_h * s.dilation_w * p.phase_tiles;
-  p.tiles = s.images * p.image_tiles;
+  p.tiles = max_of(s.images, 1) * p.image_tiles;
   p.row = ceil_div(s.channels, L) * L + L;
+  p.v_step = p.elements * p.row + L, p.m_step = p.elements * kPanel + L;
   p.panels = ceil_div(s.out_channels, kPanel);
   const int64_t weights = s.channels * p.panels * kPanel;  // of each element
   const int64_t squares = weights <= 64 * 64 ? 12 : weights <= 256 * 256 ? 24 : 48;
@@ -93,61 +111,6 @@ Plan make_plan(const Conv2dShape& s) {
 }
 
 // ---- transforms ------------------------------------------------------------------------------------------------------
-
-// B^T d for one line of a patch.
-FASTCV_INLINE void transform_input(const Vec<float> (&d)[6], Vec<float>* out, int64_t step) {
-  const Vec<float> a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
-  out[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  out[step] = a + b;
-  out[2 * step] = a - b;
-  out[3 * step] = c + e;
-  out[4 * step] = c - e;
-  out[5 * step] = 4.0f * d[1] - 5.0f * d[3] + d[5];
-}
-FASTCV_INLINE void transform_input(const Vec<float> (&d)[5], Vec<float>* out, int64_t step) {
-  const Vec<float> a = d[3] - d[1];
-  out[0] = 2.0f * (d[0] - d[2]) + a;
-  out[step] = d[3] - d[2] - 2.0f * d[1];
-  out[2 * step] = d[3] - 3.0f * d[2] + 2.0f * d[1];
-  out[3 * step] = a;
-  out[4 * step] = d[4] - d[2] - 2.0f * a;
-}
-FASTCV_INLINE void transform_input(const Vec<float> (&d)[4], Vec<float>* out, int64_t step) {
-  out[0] = d[0] - d[2];
-  out[step] = d[1] + d[2];
-  out[2 * step] = d[2] - d[1];
-  out[3 * step] = d[1] - d[3];
-}
-FASTCV_INLINE void transform_input(const Vec<float> (&d)[1], Vec<float>* out, int64_t) { out[0] = d[0]; }
-
-// A^T m for one line: M outputs.
-template <int M>
-FASTCV_INLINE void transform_output(const Vec<float> (&m)[6], Vec<float>* out, int64_t step) {
-  const Vec<float> a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
-  out[0] = m[0] + a + c;
-  out[step] = b + 2.0f * d;
-  out[2 * step] = a + 4.0f * c;
-  out[3 * step] = M == 4 ? b + 8.0f * d + m[5] : b + 8.0f * d;
-  if constexpr (M == 5) out[4 * step] = a + 16.0f * c + m[5];
-}
-template <int M>
-FASTCV_INLINE void transform_output(const Vec<float> (&m)[5], Vec<float>* out, int64_t step) {
-  const Vec<float> a = m[1] + m[2], b = m[1] - m[2];
-  out[0] = m[0] + a + m[3];
-  out[step] = b + 2.0f * m[3];
-  out[2 * step] = M == 3 ? a + 4.0f * m[3] + m[4] : a + 4.0f * m[3];
-  if constexpr (M == 4) out[3 * step] = b + 8.0f * m[3] + m[4];
-}
-template <int M>
-FASTCV_INLINE void transform_output(const Vec<float> (&m)[4], Vec<float>* out, int64_t step) {
-  out[0] = m[0] + m[1] + m[2];
-  out[step] = M == 2 ? m[1] - m[2] - m[3] : m[1] - m[2];
-  if constexpr (M == 3) out[2 * step] = m[1] + m[2] - m[3];
-}
-template <int M>
-FASTCV_INLINE void transform_output(const Vec<float> (&m)[1], Vec<float>* out, int64_t) {
-  out[0] = m[0];
-}
 
 // V of one tile: [element][row].
 template <int PY, int PX>
@@ -222,18 +185,27 @@ void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t ti
 
 // ---- products --------------------------------------------------------------------------------------------------------
 
+// Channels are summed in chunks and chunks then, so that rounding errors do not grow with the square root of their number.
+constexpr int64_t kChunk = 128;
+
 // M of R tiles for one element and panel.
 template <int R, int NV>
 void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step, bool last) {
-  Vec<float> sum[R][NV] = {};
-  if (last)
-    accumulate<true>(sum, v, v_step, channels, u, channels);
-  else
-    accumulate<false>(sum, v, v_step, channels, u);
+  for (int64_t c = 0; c < channels; c += kChunk) {
+    Vec<float> sum[R][NV] = {};
+    const int64_t depth = min_of(kChunk, channels - c);
+    if (last)
+      u = accumulate<true>(sum, v + c, v_step, depth, u, channels);
+    else
+      u = accumulate<false>(sum, v + c, v_step, depth, u);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) store(m + r * m_step + i * L, sum[r][i]);
+      for (int i = 0; i < NV; ++i) {
+        float* at = m + r * m_step + i * L;
+        store(at, c ? load(at) + sum[r][i] : sum[r][i]);
+      }
+  }
 }
 
 template <int R, int NV>
@@ -266,13 +238,13 @@ void multiply_vectors(int vectors, int64_t tiles, const float* v, int64_t v_step
   }
 }
 
-// A convolution with dilation d and padding d is d x d convolutions without, each of every d-th pixel: phase (i, j) of the
+// A convolution with dilation d that keeps the size is d x d convolutions without, each of every d-th pixel: phase (i, j) of the
 // input gives phase (i, j) of the output. The size of one:
 Conv2dShape phase_shape(const Conv2dShape& s, int64_t i, int64_t j) {
   Conv2dShape phase = s;
   phase.height = phase.out_height = ceil_div(s.height - i, s.dilation_h);
   phase.width = phase.out_width = ceil_div(s.width - j, s.dilation_w);
-  phase.pad_h = phase.pad_w = phase.dilation_h = phase.dilation_w = 1;
+  phase.pad_h = phase.pad_w = s.kernel_h / 2, phase.dilation_h = phase.dilation_w = 1;
   return phase;
 }
 
@@ -302,64 +274,35 @@ struct PhaseTile {
 template <int P, int RY, int RX>
 void run_task(const Conv2d& conv, const Plan& p, int64_t first, int64_t last, int64_t panel, int64_t end_panel, float* scratch) {
   const Conv2dShape& s = conv.shape;
-  const int64_t v_step = p.elements * p.row, m_step = p.elements * kPanel;
-  float *const v = scratch, *const m = scratch + p.block * v_step;
+  float *const v = scratch, *const m = scratch + p.block * p.v_step;
   for (int64_t t = first; t < last; ++t) {
     const PhaseTile at(conv, p, t);
-    transform_patch<kPatch<P, RY>, kPatch<P, RX>>(at.conv, p, at.image, at.tile, v + (t - first) * v_step);
+    transform_patch<kPatch<P, RY>, kPatch<P, RX>>(at.conv, p, at.image, at.tile, v + (t - first) * p.v_step);
   }
   for (; panel < end_panel; ++panel) {
     const int64_t channel = panel * kPanel;
     const int vectors = int(ceil_div(min_of(kPanel, s.out_channels - channel), L));
     const float* u = conv.weight + channel * s.channels * p.elements;
     for (int64_t e = 0; e < p.elements; ++e, u += s.channels * vectors * L)
-      multiply_vectors(vectors, last - first, v + e * p.row, v_step, s.channels, u, m + e * kPanel, m_step);
+      multiply_vectors(vectors, last - first, v + e * p.row, p.v_step, s.channels, u, m + e * kPanel, p.m_step);
     for (int64_t t = first; t < last; ++t) {
       const PhaseTile at(conv, p, t);
-      transform_back<P, RY, RX>(at.conv, p, at.image, at.tile, channel, vectors, m + (t - first) * m_step);
+      transform_back<P, RY, RX>(at.conv, p, at.image, at.tile, channel, vectors, m + (t - first) * p.m_step);
     }
   }
 }
 
-// Row i of G for a kernel of R elements.
-template <int P, int R>
-FASTCV_INLINE double weight_of(int i, int j) {
-  constexpr double kScale[3][5] = {{1, 1 / 2., 1 / 2.}, {1 / 2., -1 / 2., -1 / 6., 1 / 6.}, {1 / 4., -1 / 6., -1 / 6., 1 / 24., 1 / 24.}};
-  constexpr double kPoint[5] = {0, 1, -1, 2, -2};
-  if (R == 1) return 1;
-  if (i == P - 1) return j == R - 1;  // at infinity
-  double power = kScale[P - 4][i];
-  for (int n = 0; n < j; ++n) power *= kPoint[i];
-  return power;
-}
-
-// G g G^T for the filters of L output channels at once, g as [RY * RX][L] and u as [elements][L].
-template <int P, int RY, int RX>
-void transform_weights(const double (&g)[9][L], double (&u)[P * P][L]) {
-  constexpr int PY = kPatch<P, RY>, PX = kPatch<P, RX>;
-  double half[PY * RX][L] = {};
-  for (int i = 0; i < PY; ++i)
-    for (int y = 0; y < RY; ++y)
-      for (int x = 0; x < RX; ++x)
-        for (int l = 0; l < L; ++l) half[RX * i + x][l] += weight_of<P, RY>(i, y) * g[RX * y + x][l];
-  memset(u, 0, sizeof u);
-  for (int i = 0; i < PY; ++i)
-    for (int j = 0; j < PX; ++j)
-      for (int x = 0; x < RX; ++x)
-        for (int l = 0; l < L; ++l) u[i * PX + j][l] += half[RX * i + x][l] * weight_of<P, RX>(j, x);
-}
-
 template <int P, int RY, int RX>
 void prepare_weights(const Conv2dShape& s, const float* weight, float* prepared) {
-  constexpr int64_t elements = kPatch<P, RY> * kPatch<P, RX>;
+  constexpr int PY = kPatch<P, RY>, PX = kPatch<P, RX>, elements = PY * PX;
   for (int64_t k0 = 0; k0 < s.out_channels; k0 += kPanel) {
     const int64_t columns = ceil_div(min_of(kPanel, s.out_channels - k0), L) * L;
     for (int64_t c = 0; c < s.channels; ++c)
       for (int64_t k = 0; k < columns; k += L) {
-        double g[9][L] = {}, u[P * P][L];
+        double g[RY * RX][L] = {}, u[elements][L];
         for (int64_t l = 0; l < min_of(L, s.out_channels - k0 - k); ++l)
           for (int64_t i = 0; i < RY * RX; ++i) g[i][l] = weight[((k0 + k + l) * s.channels + c) * RY * RX + i];
-        transform_weights<P, RY, RX>(g, u);
+        transform_weights<RY, RX, PY, PX, L>(g, u);
         for (int64_t e = 0; e < elements; ++e)
           for (int64_t l = 0; l < L; ++l) prepared[(e * s.channels + c) * columns + k + l] = float(u[e][l]);
       }
@@ -376,30 +319,36 @@ struct Functions {
 template <int P, int RY, int RX>
 constexpr Functions kFunctions{&prepare_weights<P, RY, RX>, &run_task<P, RY, RX>};
 
+// Of the kernels that is_winograd and is_winograd_to_3 let through: 5x5, and of up to 3 elements, where P = 8 3x3 alone.
 template <int P>
 Functions functions(const Conv2dShape& s) {
-  switch (s.kernel_h * 3 + s.kernel_w) {
-    case 5: return kFunctions<P, 1, 2>;
-    case 6: return kFunctions<P, 1, 3>;
-    case 7: return kFunctions<P, 2, 1>;
-    case 8: return kFunctions<P, 2, 2>;
-    case 9: return kFunctions<P, 2, 3>;
-    case 10: return kFunctions<P, 3, 1>;
-    case 11: return kFunctions<P, 3, 2>;
-    default: return kFunctions<P, 3, 3>;
+  if (s.kernel_h == 5) {
+    if constexpr (P == 6 || P == 8) return kFunctions<P, 5, 5>;
   }
+  if constexpr (P < 8) {
+    switch (s.kernel_h * 3 + s.kernel_w) {
+      case 5: return kFunctions<P, 1, 2>;
+      case 6: return kFunctions<P, 1, 3>;
+      case 7: return kFunctions<P, 2, 1>;
+      case 8: return kFunctions<P, 2, 2>;
+      case 9: return kFunctions<P, 2, 3>;
+      case 10: return kFunctions<P, 3, 1>;
+      case 11: return kFunctions<P, 3, 2>;
+    }
+  }
+  return kFunctions<P, 3, 3>;
 }
 
 template <int P>
 int64_t count_tasks(const Conv2dShape& s) {
   const Plan p = make_plan<P>(s);
-  return p.blocks * p.panel_groups;
+  return s.images > 0 ? p.blocks * p.panel_groups : 0;
 }
 
 template <int P>
 int64_t scratch_size(const Conv2dShape& s) {
   const Plan p = make_plan<P>(s);
-  return p.block * p.elements * (p.row + kPanel);
+  return p.block * (p.v_step + p.m_step);
 }
 
 template <int P>
@@ -422,13 +371,18 @@ void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
 
 #define FASTCV_WINOGRAD(name, P)                                                                                          \
   int64_t name##_weights(const Conv2dShape& s) { return count_weights<P>(s); }                                             \
-  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { functions<P>(s).prepare(s, weight, prepared); } \
+  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) {                                        \
+    functions<P>(s).prepare(s, weight, prepared);                                                                          \
+  }                                                                                                                       \
   int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<P>(s); }                                                 \
   int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<P>(s); }                                              \
   void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<P>(conv, begin, end, scratch); }
 
 FASTCV_WINOGRAD(conv2d_winograd, 6)
-FASTCV_WINOGRAD(conv2d_winograd_3x3, 5)
 FASTCV_WINOGRAD(conv2d_winograd_2x2, 4)
+FASTCV_WINOGRAD(conv2d_winograd_6x6, 8)
+FASTCV_WINOGRAD(conv2d_winograd_5x5, 6)
+FASTCV_WINOGRAD(conv2d_winograd_5x5_4x4, 8)
+FASTCV_WINOGRAD(conv2d_winograd_3x3, 5)
 
 }  // namespace fastcv::FASTCV_ISA

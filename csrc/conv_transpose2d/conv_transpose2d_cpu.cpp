@@ -75,7 +75,7 @@ Tensor conv_transpose2d_cpu(const Tensor& input_any, const Tensor& weight, const
   conv.shape = shape, conv.weight = data<float>(prepared);
   conv.activation = activation_of(activation), conv.slope = float(slope);
   conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
-  const Epilogue epilogue(bias, residual, output, conv);
+  const Epilogue epilogue(bias, residual, conv);
   const size_t scratch_size = size_t(plan.scratch());
   parallel_dynamic(plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     const Scratch<float> scratch = allocate_scratch<float>(scratch_size);

@@ -116,12 +116,13 @@ TransposedKernel best_winograd(const std::vector<Conv2dShape>& phases) {
   return kernels[std::min_element(cost, cost + 3) - cost];
 }
 
-// What conv2d chooses for the phase with the most taps.
+// What conv2d chooses for the phase with the most taps. Winograd's least exact tiles are of conv2d alone.
 TransposedKernel kernel_of_phases(const Conv2dShape& s, Precision precision) {
   const std::vector<Conv2dShape> phases = phase_shapes(s);
   const auto largest = std::max_element(phases.begin(), phases.end(), [](const Conv2dShape& a, const Conv2dShape& b) {
     return a.kernel_h * a.kernel_w < b.kernel_h * b.kernel_w;
   });
+  if (precision == Precision::fast) precision = Precision::standard;
   const Conv2dKernel* kernel = conv2d_kernel("auto", *largest, precision);
   const TransposedKernel number = number_of(kernel ? kernel->name : "gemm");
   const bool winograd = number == TransposedKernel::winograd || number == TransposedKernel::winograd_2x2 || number == TransposedKernel::winograd_3x3;

@@ -4,10 +4,6 @@
 #include "program.h"
 #include "run.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fastcv::program {
 namespace {
 
@@ -31,18 +27,6 @@ StepKernel step_kernel(Op op) {
   }
 }
 
-// Large ones on huge pages: they are read once a run, and the processor's prefetching ends where a page does.
-float* allocate_weights(size_t bytes) {
-  constexpr size_t kLine = 64, kHuge = size_t(1) << 21;
-  const size_t page = bytes >= kHuge ? kHuge : kLine;
-  void* const memory = std::aligned_alloc(page, (bytes + kLine + page - 1) / page * page);
-  if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
-  if (page == kHuge) madvise(memory, (bytes + kLine + page - 1) / page * page, MADV_HUGEPAGE);
-#endif
-  return static_cast<float*>(memory);
-}
-
 }  // namespace
 
 const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const Conv2dShape& shape) {
@@ -60,10 +44,10 @@ const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const 
         for (int64_t i = 0; i < row; ++i) scaled[size_t(k * row + i)] = from[k * row + i] * scale[k];
       from = scaled.data();
     }
-    kept.reset(allocate_weights(size_t(kernel.weights(shape)) * sizeof(float)));
-    kernel.prepare(shape, from, kept.get());
+    kept = blocks_.allocate(kernel.weights(shape));
+    kernel.prepare(shape, from, kept);
   }
-  return kept.get();
+  return kept;
 }
 
 // Weights are [C, K / groups, KH, KW] here, so that the scale of an output channel is met in every input channel.
@@ -83,10 +67,10 @@ const float* Program::prepared(const Step& s, const ConvTranspose2dPlan& plan, c
       }
       from = scaled.data();
     }
-    kept.reset(allocate_weights(size_t(plan.weights()) * sizeof(float)));
-    plan.prepare(from, kept.get());
+    kept = blocks_.allocate(plan.weights());
+    plan.prepare(from, kept);
   }
-  return kept.get();
+  return kept;
 }
 
 Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads) {

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -21,6 +20,7 @@
 #include "../conv2d/conv2d_kernels.h"
 #include "../conv_transpose2d/conv_transpose2d_plan.h"
 #include "steps.h"
+#include "weight_blocks.h"
 
 namespace fastcv::program {
 
@@ -72,14 +72,12 @@ struct Program {
   const float* prepared(const Step& step, const ConvTranspose2dPlan& plan, const Conv2dShape& shape);
 
  private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
   std::mutex mutex_;
+  WeightBlocks blocks_;
   // By kernel, weight, scale and groups: a layer that is used twice is prepared once.
-  std::map<std::tuple<const Conv2dKernel*, int64_t, int64_t, int64_t>, std::unique_ptr<float[], Free>> prepared_;
+  std::map<std::tuple<const Conv2dKernel*, int64_t, int64_t, int64_t>, float*> prepared_;
   // Of transposed convolutions, by kernel, weight, scale and what the step says of its geometry.
-  std::map<std::tuple<TransposedKernel, int64_t, int64_t, std::vector<int64_t>>, std::unique_ptr<float[], Free>> transposed_;
+  std::map<std::tuple<TransposedKernel, int64_t, int64_t, std::vector<int64_t>>, float*> transposed_;
 };
 
 // Where the pixels of a value lie: in a buffer that is `channels` wide, from `channel` on.

@@ -3,7 +3,12 @@
 #include <unordered_map>
 
 #include "../common/stable.h"
+#include "arenas.h"
 #include "run.h"
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace fastcv {
 namespace {
@@ -12,33 +17,13 @@ using namespace program;
 
 constexpr size_t kPlansKept = 16;  // of a program, the latest used
 
-// Memory of a run: one at a time uses it, and the program keeps one for the next.
-struct Workspace {
-  LargeBlocks::Block block{nullptr, 0, true};
-  Run run;
-
-  ~Workspace() {
-    if (block.memory) LargeBlocks::instance().give_back(block.memory);
-  }
-  float* arena(int64_t floats) {
-    if (floats == 0) return nullptr;
-    const size_t bytes = size_t(floats) * sizeof(float);
-    if (!block.memory || bytes > block.bytes || block.bytes > 2 * bytes + (size_t(8) << 20)) {
-      if (block.memory) LargeBlocks::instance().give_back(std::exchange(block.memory, nullptr));
-      block = LargeBlocks::instance().take(bytes);
-      STD_TORCH_CHECK(block.memory, "fastcv: cannot allocate ", bytes, " bytes for a program");
-    }
-    return static_cast<float*>(block.memory);
-  }
-};
-
 struct Loaded {
   Program program;
   std::vector<Tensor> kept;            // the tensors whose memory weights are
   std::vector<int64_t> input_ranks, output_ranks;
   std::mutex mutex;
   std::deque<std::pair<std::vector<Extent>, std::shared_ptr<const Plan>>> plans;  // the latest used first
-  std::unique_ptr<Workspace> workspace;
+  std::unique_ptr<Run> run;  // one that is not at work, for its memory
   bool profile = false;
   std::vector<int64_t> nanoseconds;  // of the last run's steps
   std::shared_ptr<const Plan> profiled;
@@ -86,6 +71,7 @@ class Registry {
     if (found == programs_.end()) return;
     last = std::move(found->second);
     programs_.erase(found);
+    if (programs_.empty()) Arenas::instance().clear();
   }
 
  private:
@@ -175,7 +161,7 @@ void check_step(const Program& program, const Step& step) {
 int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights, int64_t precision) {
   auto loaded = std::make_shared<Loaded>();
   Program& p = loaded->program;
-  STD_TORCH_CHECK(precision >= 0 && precision <= int64_t(Precision::bfloat16), "precision: ", precision);
+  STD_TORCH_CHECK(precision >= 0 && precision <= int64_t(Precision::fast), "precision: ", precision);
   p.precision = Precision(precision);
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weights: expected float32");
@@ -207,6 +193,9 @@ int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>
   }
   for (int64_t v : p.outputs) STD_TORCH_CHECK(v >= 0 && v < p.values && known[size_t(v)], "code: output ", v);
   STD_TORCH_CHECK(reader.ended(), "code: numbers after the end");
+#if defined(__GLIBC__)
+  malloc_trim(0);  // the original has run once before, and what it freed would stay beside the weights to be prepared
+#endif
   return Registry::instance().add(std::move(loaded));
 }
 
@@ -255,26 +244,30 @@ std::vector<Tensor> program_run(int64_t handle, std::vector<Tensor> inputs) {
     outputs.push_back(make_output(plan->extents[size_t(p.outputs[i])], loaded->output_ranks[i]));
     pointers.outputs.push_back(mutable_data<float>(outputs.back()));
   }
-  std::unique_ptr<Workspace> workspace;
+  std::unique_ptr<Run> run;
   bool profile;
   {
     const std::lock_guard lock(loaded->mutex);
-    workspace = std::move(loaded->workspace);
+    run = std::move(loaded->run);
     profile = loaded->profile;
   }
-  if (!workspace) workspace = std::make_unique<Workspace>();
-  pointers.arena = workspace->arena(plan->arena);
-  Run& run = workspace->run;
-  run.nanoseconds.assign(profile ? plan->steps.size() : 0, 0);
+  if (!run) run = std::make_unique<Run>();
+  const size_t arena_bytes = size_t(plan->arena) * sizeof(float);
+  const auto give_back = [](LargeBlocks::Block* block) { Arenas::instance().give_back(*block); };
+  LargeBlocks::Block block = Arenas::instance().take(arena_bytes);
+  const std::unique_ptr<LargeBlocks::Block, decltype(give_back)> arena(&block, give_back);
+  STD_TORCH_CHECK(block.memory || arena_bytes == 0, "fastcv: cannot allocate ", arena_bytes, " bytes for a program");
+  pointers.arena = static_cast<float*>(block.memory);
+  run->nanoseconds.assign(profile ? plan->steps.size() : 0, 0);
   const int64_t threads = torch::stable::get_num_threads();
-  run.start(p, *plan, pointers, threads);
+  run->start(p, *plan, pointers, threads);
   parallel_for(threads, 1, [&](int64_t, int64_t) {
     const Scratch<float> scratch = allocate_scratch<float>(size_t(plan->scratch));
-    run.work(scratch.get());
+    run->work(scratch.get());
   });
   const std::lock_guard lock(loaded->mutex);
-  if (profile) loaded->nanoseconds = run.nanoseconds, loaded->profiled = plan;
-  loaded->workspace = std::move(workspace);
+  if (profile) loaded->nanoseconds = run->nanoseconds, loaded->profiled = plan;
+  loaded->run = std::move(run);
   return outputs;
 }
 

@@ -33,8 +33,9 @@ def accelerate(
             be changed (``load_state_dict``): what was prepared from them is made again at the next call.
         dtype: ``torch.bfloat16`` rounds the operands of matrix products to bfloat16 on processors that are faster so
             (AVX512-BF16): relative errors of about 1e-2 instead of 1e-6. Inputs, outputs and sums stay float32.
-        precision: ``"default"`` (relative errors of a layer at most 1e-5) or ``"highest"``: no Winograd, errors as
-            torch's.
+        precision: of convolutions in float32. ``"default"``: relative errors of a layer at most 1e-5;
+            ``"highest"``: no Winograd, errors as torch's; ``"fast"``: Winograd's largest tiles where they are faster,
+            relative errors at most 5e-5. What that is relative to: see :func:`fastcv.ops.conv2d`.
 
     Returns:
         A module in evaluation mode with the same class, attributes, state dict and outputs (to rounding), and the
@@ -59,8 +60,8 @@ def accelerate(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
-    if precision not in ("default", "highest") or (precision == "highest" and dtype != torch.float32):
-        raise ValueError(f'precision: expected "default", or in float32 "highest", got {precision!r}')
+    if precision not in ("default", "highest", "fast") or (precision != "default" and dtype != torch.float32):
+        raise ValueError(f'precision: expected "default", or in float32 "highest" or "fast", got {precision!r}')
     if not inplace:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -420,19 +421,16 @@ def stochastic_depth(to: Lowering, node: fx.Node) -> Value:
     return to.value(x)
 
 
-def _torchvision() -> None:
-    """torchvision's own names for these, where it is installed."""
-    try:
-        import torchvision
-    except (ImportError, RuntimeError):
-        return
-    CALLS[torchvision.ops.stochastic_depth] = stochastic_depth
-    CALLS[torchvision.ops.misc.FrozenBatchNorm2d] = norm
-    CALLS[torchvision.ops.misc.Permute] = permute_module
+def add_torchvision() -> None:
+    """torchvision's own names for these, where a model can hold them."""
+    torchvision = sys.modules.get("torchvision")
+    if hasattr(torchvision, "ops"):
+        CALLS[torchvision.ops.stochastic_depth] = stochastic_depth
+        CALLS[torchvision.ops.misc.FrozenBatchNorm2d] = norm
+        CALLS[torchvision.ops.misc.Permute] = permute_module
 
 
 CALLS[nn.BatchNorm2d] = norm
-_torchvision()
 
 # ---- arguments -----------------------------------------------------------------------------------
 

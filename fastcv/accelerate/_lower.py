@@ -295,7 +295,8 @@ def lower(
     Raises:
         Untraceable: the part must stay as it is.
     """
-    from . import _handlers  # noqa: F401  (registers itself)
+    from . import _handlers  # which needs this module
 
+    _handlers.add_torchvision()
     lowering = Lowering(root, parameters or {}, precision)
     return lowering.run(), lowering.programs

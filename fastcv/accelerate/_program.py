@@ -19,7 +19,7 @@ LIBRARY.define("program_free(int handle) -> ()")
 LIBRARY.define("program_profile(int handle) -> Tensor")
 
 # In the order of Precision in csrc/conv2d/conv2d_kernels.h.
-PRECISIONS = ("default", "highest", "bfloat16")
+PRECISIONS = ("default", "highest", "bfloat16", "fast")
 
 _version, _place = operator.attrgetter("_version"), Tensor.data_ptr
 _WITH_ACTIVATION = (*CONVOLUTIONS, "add", "mul", "activate", "affine")

@@ -14,7 +14,10 @@ from ._program import Program
 from ._steps import CONVOLUTIONS, OPS
 
 # Multiplications of a kernel for one of the direct sum's.
-_PRODUCTS = {"winograd": 36 / 144, "winograd_3x3": 25 / 81, "winograd_2x2": 16 / 36}
+_PRODUCTS = {
+    **{"winograd": 36 / 144, "winograd_3x3": 25 / 81, "winograd_2x2": 16 / 36, "winograd_6x6": 64 / 324},
+    **{"winograd_5x5": 36 / 100, "winograd_5x5_4x4": 64 / 400},
+}
 
 
 @functools.cache

@@ -13,14 +13,14 @@ from torch import nn
 from .. import ops
 from .._files import replacing
 from .._library import LIBRARY
-from ..ops.conv2d import KERNELS
+from ..ops.conv2d import KERNELS, forget_choices
 from ._steps import OPS
 
 LIBRARY.define(
     "conv2d_choose(int[] input, int[] weight, int groups, int[] stride, int[] padding, int[] dilation, "
     "str kernel) -> ()"
 )
-_CANDIDATES = tuple(kernel for kernel in KERNELS if kernel not in ("torch", "bf16"))
+_CANDIDATES = tuple(kernel for kernel in KERNELS if kernel not in ("torch", "bf16", "winograd_6x6", "winograd_5x5_4x4"))
 _GAIN = 0.97  # of the time of the model's choice: less is noise
 
 
@@ -88,6 +88,7 @@ def _apply(choices: list[dict]) -> None:
     for c in choices:
         geometry = (c["groups"], c["stride"], c["padding"], c["dilation"])
         torch.ops.fastcv.conv2d_choose(c["input"], c["weight"], *geometry, c["kernel"])
+    forget_choices()
 
 
 def _shapes(model: nn.Module, inputs, programs) -> list[dict]:

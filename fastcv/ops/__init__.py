@@ -1,5 +1,7 @@
 """The operators, with the names and signatures of ``torchvision.ops``."""
 
+from .adaptive_pool2d import adaptive_avg_pool2d, adaptive_max_pool2d, spatial_pyramid_pool
+from .avg_pool2d import avg_pool2d
 from .blocks import (
     MLP,
     Conv2dNormActivation,
@@ -18,11 +20,17 @@ from .boxes import (
     remove_small_boxes,
 )
 from .conv2d import conv2d
+from .conv2d_local import conv2d_local
 from .conv_transpose2d import conv_transpose2d
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .feature_pyramid_network import FeaturePyramidNetwork
 from .focal_loss import sigmoid_focal_loss
+from .gram_matrix import gram_matrix, style_loss
+from .interpolate import interpolate
+from .local_response_norm import local_response_norm
 from .matrix_nms import matrix_nms
+from .max_pool2d import PooledIndices, max_pool2d
+from .max_unpool2d import max_unpool2d
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
@@ -39,6 +47,7 @@ from .regularization import (
 from .roi_align import RoIAlign, roi_align
 from .roi_pool import RoIPool, roi_pool
 from .soft_nms import soft_nms
+from .upsample_conv2d import upsample_conv2d
 from .weighted_boxes_fusion import weighted_boxes_fusion
 
 __all__ = [
@@ -55,10 +64,14 @@ __all__ = [
     "PSRoIPool",
     "PaddedDetections",
     "Permute",
+    "PooledIndices",
     "RoIAlign",
     "RoIPool",
     "SqueezeExcitation",
     "StochasticDepth",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool2d",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -67,6 +80,7 @@ __all__ = [
     "complete_box_iou",
     "complete_box_iou_loss",
     "conv2d",
+    "conv2d_local",
     "conv_transpose2d",
     "deform_conv2d",
     "distance_box_iou",
@@ -75,8 +89,13 @@ __all__ = [
     "drop_block3d",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "gram_matrix",
+    "interpolate",
+    "local_response_norm",
     "masks_to_boxes",
     "matrix_nms",
+    "max_pool2d",
+    "max_unpool2d",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -87,6 +106,9 @@ __all__ = [
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",
+    "spatial_pyramid_pool",
     "stochastic_depth",
+    "style_loss",
+    "upsample_conv2d",
     "weighted_boxes_fusion",
 ]

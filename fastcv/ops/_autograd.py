@@ -42,7 +42,7 @@ class _Primals:
 
     @property
     def saved_tensors(self):
-        return tuple(forward_ad.unpack_dual(tensor).primal for tensor in self._ctx.saved_tensors)
+        return tuple(None if t is None else forward_ad.unpack_dual(t).primal for t in self._ctx.saved_tensors)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
 Other types and devices run on torch's convolution, followed by the epilogue.
 
-Weights that are being trained (that need a gradient, with gradients enabled) change too often to be laid out, and run
-on torch's convolution. All others are laid out for their kernel once, and kept while the weight tensor lives and is not
-changed: an optimiser's step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through
-``.data`` or NumPy is not.
+Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's
+step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data`` or NumPy is not.
+Weights that are being trained (that need a gradient, with gradients enabled) change at every step: they are laid out at
+each call and not kept, where the convolution gains more than that takes (3x3, stride 1, pixels enough), and run on
+torch's convolution elsewhere. So does the gradient of the input; those of weight and bias are always torch's.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -23,7 +25,10 @@ from .._library import LIBRARY, define, implementation
 from ._autograd import needs_derivatives, register_autograd
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
 
-KERNELS = ("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16", "winograd_3x3")
+KERNELS = (
+    *("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16"),
+    *("winograd_6x6", "winograd_5x5", "winograd_5x5_4x4", "winograd_3x3"),
+)
 ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
 
 _GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
@@ -33,6 +38,10 @@ define(
     reference.conv2d.conv2d,
 )
 define(f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor", reference.conv2d.conv2d_prepare)
+define(
+    "conv2d_input_gradient(Tensor grad, Tensor weight, SymInt[2] padding, str kernel) -> Tensor",
+    reference.conv2d.conv2d_input_gradient,
+)
 define(f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", reference.conv2d.conv2d_kernel)
 _compiled = implementation("conv2d", "cpu") == "compiled"
 
@@ -68,12 +77,21 @@ def conv2d(
             ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
         negative_slope: of ``"leaky_relu"``.
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"gemv"``, ``"winograd"``,
-            ``"winograd_3x3"`` or ``"winograd_2x2"`` (up to 3x3, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"``
+            ``"winograd_3x3"`` or ``"winograd_2x2"`` (up to 3x3, stride 1), ``"winograd_6x6"`` (3x3, stride 1),
+            ``"winograd_5x5"`` or ``"winograd_5x5_4x4"`` (5x5, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"``
             (operands rounded to bfloat16) or ``"torch"``.
+            ``"auto"`` takes neither ``"bf16"`` nor ``"winograd_6x6"`` and ``"winograd_5x5_4x4"``, which are less exact.
 
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes,
         twice.
+
+        Rounding errors in float32, as measured (no proof): at most 1e-5 of the largest output (most 2e-6) where the
+        magnitude of pixels and weights does not vary much; with the less exact kernels 5e-5. With scales from 1e-6 to
+        1e6, outliers and sparse filters: at most ``c * S``, with ``S`` the sum over channels of ``max |x|``, of the
+        input pixels of the output's tile (at most 6 x 6, less exact 8 x 8), times the sum of ``|w|`` over the filter;
+        c is 3e-6, less exact 1e-5. So a large, infinite or NaN pixel disturbs all outputs of its tiles. Kernels without
+        Winograd: at most 5e-6 of the output's own sum of ``|x| |w|``.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
@@ -87,6 +105,71 @@ def conv2d(
                 [1., 4., 1.],
                 [0., 1., 0.]])
     """
+    options = (stride, padding, dilation, groups, activation, kernel)
+    key = _key(input, weight, bias, residual, options) if scale is None and shift is None else None
+    geometry = _checked.get(key)
+    if geometry is None:
+        geometry = _check(input, weight, bias, residual, scale, shift, *options)
+        if scale is not None:
+            weight = weight * scale[:, None, None, None]
+            bias = None if bias is None else bias * scale
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        if not _on_kernels(input, weight, bias, residual):
+            return reference.conv2d.conv2d(
+                input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
+            )
+        if _tracing():  # weights stand for others
+            return torch.ops.fastcv.conv2d(
+                input, weight, bias, residual, None, *geometry, activation, negative_slope, kernel
+            )
+        _remember(_checked, key, geometry)
+    if kernel == "auto":
+        if weight.requires_grad and torch.is_grad_enabled():
+            return _train(input, weight, bias, residual, geometry, activation, negative_slope)
+        kernel = _choose(input, weight, geometry)
+    rest = (*geometry, activation, negative_slope)
+    if kernel == "torch":
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *rest, "")
+    prepared = prepared_weight(weight, *geometry, kernel)
+    if needs_derivatives(input, weight, bias, residual):
+        return torch.ops.fastcv.conv2d(input, weight, bias, residual, prepared, *rest, kernel)
+    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
+        return torch.ops.fastcv.conv2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+
+
+# Checks and the choice of a kernel would take longer than a small layer: what they found is kept for calls alike.
+_checked: dict[tuple, tuple] = {}
+_chosen: dict[tuple, str] = {}
+_MOST_KEPT = 4096
+
+
+def _remember(kept: dict, key: tuple | None, value) -> None:
+    if key is not None:
+        if len(kept) >= _MOST_KEPT:
+            kept.clear()
+        kept[key] = value
+
+
+def _key(input, weight, bias, residual, options) -> tuple | None:
+    """What the checks look at, where it is short: for tensors that the compiled kernels take."""
+    try:
+        if _tracing() or not _on_kernels(input, weight, bias, residual):
+            return None
+        shapes = (input.shape, weight.shape, bias if bias is None else bias.shape)
+        key = (*shapes, residual if residual is None else residual.shape, *options)
+        hash(key)
+        return key
+    except (AttributeError, TypeError):  # not tensors, or options in lists
+        return None
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _check(input, weight, bias, residual, scale, shift, stride, padding, dilation, groups, activation, kernel) -> tuple:
+    """Raises where arguments do not fit; else groups, stride, padding and dilation as numbers."""
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
@@ -97,45 +180,29 @@ def conv2d(
         if vector is not None:
             check_floating(name, vector)
             check_shape(name, vector, (weight.shape[0],))
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("scale", scale),
-        ("shift", shift),
-        ("residual", residual),
-    ):
+    others = {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    for name, tensor in others.items():
         if tensor is not None:
             check_same_device(name, tensor, "input", input)
     check_one_of("activation", activation, ACTIVATIONS)
     check_one_of("kernel", kernel, ("auto", *KERNELS))
     stride, dilation = list(pair("stride", stride)), list(pair("dilation", dilation))
-    padding = _padding(padding, weight.shape[2:], stride, dilation)
-    if scale is not None:
-        weight = weight * scale[:, None, None, None]
-        bias = None if bias is None else bias * scale
-    if shift is not None:
-        bias = shift if bias is None else bias + shift
-    geometry = (groups, stride, padding, dilation)
-    if not _on_kernels(input, weight, bias, residual):
-        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
-    rest = (*geometry, activation, negative_slope)
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return torch.ops.fastcv.conv2d(input, weight, bias, residual, None, *rest, kernel)  # weights stand for others
-    if kernel == "auto":
-        kernel = _choose(input, weight, geometry)
-    if kernel == "torch":
-        return reference.conv2d.conv2d(input, weight, bias, residual, None, *rest, "")
-    prepared = prepared_weight(weight, *geometry, kernel)
-    if needs_derivatives(input, weight, bias, residual):
-        return torch.ops.fastcv.conv2d(input, weight, bias, residual, prepared, *rest, kernel)
-    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
-        return torch.ops.fastcv.conv2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+    return groups, stride, _padding(padding, weight.shape[2:], stride, dilation), dilation
 
 
 def _choose(input: Tensor, weight: Tensor, geometry) -> str:
-    if weight.requires_grad and torch.is_grad_enabled():
-        return "torch"
-    return KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
+    groups, stride, padding, dilation = geometry
+    key = (input.shape, weight.shape, groups, *stride, *padding, *dilation, torch.get_num_threads())
+    kernel = _chosen.get(key)
+    if kernel is None:
+        kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
+        _remember(_chosen, key, kernel)
+    return kernel
+
+
+def forget_choices() -> None:
+    """After the cost model was overruled (:func:`fastcv.tune`)."""
+    _chosen.clear()
 
 
 def _padding(padding, size, stride, dilation) -> list[int]:
@@ -151,8 +218,10 @@ def _padding(padding, size, stride, dilation) -> list[int]:
 
 def _on_kernels(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels take these."""
-    given = [t for t in tensors if t is not None]
-    return _compiled and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+    for t in tensors:  # a plain loop: all() would take a third of a small call
+        if t is not None and not (t.dtype is torch.float32 and t.is_cpu):
+            return False
+    return _compiled
 
 
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -175,10 +244,10 @@ def kept_layout(weight: Tensor, name: tuple, prepare: Callable[[Tensor], Tensor]
     kept = _prepared.get(weight)
     if kept is None or kept[0] != key:
         kept = _prepared[weight] = (key, {})
-    layouts = kept[1]
-    if name not in layouts:
-        layouts[name] = prepare(weight.detach())
-    return layouts[name]
+    layout = kept[1].get(name)
+    if layout is None:
+        layout = kept[1][name] = prepare(weight.detach())
+    return layout
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
@@ -198,6 +267,90 @@ def _(input, weight, bias, residual, prepared, groups, stride, padding, dilation
 @torch.library.register_fake("fastcv::conv2d_prepare", lib=LIBRARY)
 def _(weight, groups, stride, padding, dilation, kernel):
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+@torch.library.register_fake("fastcv::conv2d_input_gradient", lib=LIBRARY)
+def _(grad, weight, padding, kernel):
+    size = [n + k - 1 - 2 * p for n, k, p in zip(grad.shape[2:], weight.shape[2:], padding, strict=True)]
+    memory_format = torch._prims_common.suggest_memory_format(grad)
+    return grad.new_empty((grad.shape[0], weight.shape[1], *size)).contiguous(memory_format=memory_format)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+# A kernel must win by more than the model of _training_kernel can be off.
+_MARGIN = 0.8
+
+
+@functools.lru_cache(maxsize=4096)
+def _training_kernel(
+    images: int,
+    channels: int,
+    outputs: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    transposed: bool,
+    threads: int,
+) -> str:
+    """Kernel of a 3x3 convolution with stride 1 whose weights are used once; ``height`` and ``width`` of its output.
+
+    A model of its time in units of 20 ps of one core, in which torch multiplies and adds once (Zen 4; cores that take
+    longer do so for all terms):
+
+    * torch: 9 for each pixel and pair of channels;
+    * Winograd: 1.25 (2 x 2: 1.05) times (M + 2)^2 for each tile and pair of channels, and the transforms of
+      (M + 2)^2 elements, 7 for each channel and output;
+    * weights of a pair of channels: 1800 to lay out for tiles of 4 x 4, 900 for 2 x 2, and 900 to transpose;
+    * contiguous memory: 60 for each number of input and output;
+    * 200 us for an operator and its derivative in Python, and for torch's that no longer share work.
+    """
+    pixels, lanes = images * height * width, [16 * -(-n // 16) for n in (channels, outputs)]
+    best, kernel = _MARGIN * 9 * pixels * channels * lanes[1] / threads, "torch"
+    moved = 0 if channels_last else 60 * pixels * (channels + outputs)
+    for name, m, rate, layout in (("winograd", 4, 1.25, 1800), ("winograd_2x2", 2, 1.05, 900)):
+        elements = images * -(-height // m) * -(-width // m) * (m + 2) ** 2
+        products = rate * elements * (channels * lanes[1] + 7 * sum(lanes))
+        weights = (layout + 900 * transposed) * channels * outputs
+        cost = (products + weights + moved) / threads + 10e6
+        if cost < best:
+            best, kernel = cost, name
+    return kernel
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _train(input: Tensor, weight: Tensor, bias, residual, geometry, activation: str, slope: float) -> Tensor:
+    """The activation stays outside of the operator, whose derivative would compute the convolution again for it."""
+    kernel = "torch"
+    groups, stride, padding, dilation = geometry
+    if groups == 1 and stride == dilation == [1, 1] and weight.shape[2:] == (3, 3):
+        size = [n + 2 * p - 2 for n, p in zip(input.shape[2:], padding, strict=True)]
+        shape = (*input.shape[:2], weight.shape[0], *size)
+        kernel = _training_kernel(*shape, _is_channels_last(input), False, torch.get_num_threads())
+    if kernel == "torch":
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, slope, "")
+    result = torch.ops.fastcv.conv2d(input, weight, bias, None, None, *geometry, "none", 0.0, kernel)
+    if residual is not None:
+        result = result + residual
+    return reference.conv2d.ACTIVATIONS[activation](result, slope)
+
+
+def _input_gradient_kernel(grad: Tensor, weight: Tensor, geometry) -> str:
+    """Kernel of the gradient of the input, ``"torch"`` for ``convolution_backward``."""
+    groups, stride, padding, dilation = geometry
+    if not (groups == 1 and list(stride) == list(dilation) == [1, 1] and tuple(weight.shape[2:]) == (3, 3)):
+        return "torch"
+    # A transform or a tracer has rules for torch's operators.
+    plain = torch._C._functorch.peek_interpreter_stack() is None and type(grad) in (Tensor, torch.nn.Parameter)
+    if not plain or torch.compiler.is_compiling() or max(padding) > 2 or not _on_kernels(grad, weight):
+        return "torch"
+    size = [n + 2 - 2 * p for n, p in zip(grad.shape[2:], padding, strict=True)]
+    shape = (*grad.shape[:2], weight.shape[1], *size)
+    return _training_kernel(*shape, _is_channels_last(grad), True, torch.get_num_threads())
 
 
 # ---- derivatives ---------------------------------------------------------------------------------
@@ -242,12 +395,19 @@ def _backward(ctx, grad):
     if ctx.activation != "none":
         grad = grad * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
     mask = [needs[0], needs[1], bias is not None and needs[2]]
-    sizes = None if bias is None else list(bias.shape)
-    gradients = torch.ops.aten.convolution_backward(
-        grad, input, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask
-    )
-    gradients = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
-    return *gradients, grad if needs[3] else None, *[None] * 8
+    kernel = _input_gradient_kernel(grad, weight, ctx.geometry) if needs[0] else "torch"
+    d_input = None if kernel == "torch" else torch.ops.fastcv.conv2d_input_gradient(grad, weight, padding, kernel)
+    mask[0] = needs[0] and d_input is None
+    d_others = [None] * 3
+    if any(mask):
+        sizes = None if bias is None else list(bias.shape)
+        gradients = torch.ops.aten.convolution_backward(
+            grad, input, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        d_others = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
+    if d_input is not None:
+        d_others[0] = d_input
+    return *d_others, grad if needs[3] else None, *[None] * 8
 
 
 def _jvp(ctx, *tangents):
@@ -268,3 +428,41 @@ def _jvp(ctx, *tangents):
 
 
 register_autograd("conv2d", setup_context=_setup, backward=_backward, jvp=_jvp)
+
+
+def _setup_input_gradient(ctx, inputs, output):
+    grad, weight, ctx.padding, ctx.kernel = inputs
+    ctx.save_for_backward(grad, weight)
+    ctx.save_for_forward(grad, weight)
+
+
+def _backward_input_gradient(ctx, cotangent):
+    """Linear in both arguments; of the first it is the convolution's transpose."""
+    grad, weight = ctx.saved_tensors
+    d_grad = d_weight = None
+    if ctx.needs_input_grad[0]:
+        geometry = (1, [1, 1], ctx.padding, [1, 1])
+        d_grad = torch.ops.fastcv.conv2d(cotangent, weight, None, None, None, *geometry, "none", 0.0, ctx.kernel)
+    if ctx.needs_input_grad[1]:
+        _, d_weight, _ = torch.ops.aten.convolution_backward(
+            grad, cotangent, weight, None, [1, 1], ctx.padding, [1, 1], False, [0, 0], 1, [False, True, False]
+        )
+    return d_grad, d_weight, None, None
+
+
+def _jvp_input_gradient(ctx, d_grad, d_weight, *_):
+    grad, weight = ctx.saved_tensors
+    terms = []
+    if d_grad is not None:
+        terms.append(torch.ops.fastcv.conv2d_input_gradient(d_grad, weight, ctx.padding, ctx.kernel))
+    if d_weight is not None:
+        terms.append(torch.ops.fastcv.conv2d_input_gradient(grad, d_weight, ctx.padding, ctx.kernel))
+    return sum(terms[1:], terms[0])
+
+
+register_autograd(
+    "conv2d_input_gradient",
+    setup_context=_setup_input_gradient,
+    backward=_backward_input_gradient,
+    jvp=_jvp_input_gradient,
+)

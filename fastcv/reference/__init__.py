@@ -1,9 +1,16 @@
 """Every operator in plain PyTorch: the specification, the fallback and the oracle of the tests."""
 
+from . import adaptive_pool2d as adaptive_pool2d
+from . import avg_pool2d as avg_pool2d
 from . import conv2d as conv2d
+from . import conv2d_local as conv2d_local
 from . import conv_transpose2d as conv_transpose2d
 from . import deform_conv2d as deform_conv2d
+from . import gram_matrix as gram_matrix
+from . import interpolate as interpolate
+from . import local_response_norm as local_response_norm
 from . import matrix_nms as matrix_nms
+from . import max_pool2d as max_pool2d
 from . import nms as nms
 from . import null as null
 from . import ps_roi_align as ps_roi_align

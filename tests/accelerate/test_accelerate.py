@@ -1,6 +1,9 @@
 """accelerate: the same outputs, from models small enough to read and from torchvision's."""
 
 import copy
+import math
+import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -345,3 +348,50 @@ def test_what_tracing_writes_to_a_model_is_undone():
 
     fast = fastcv.accelerate(Model())
     assert fast.seen is None
+
+
+_ALONE = """
+import sys, torch, fastcv
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+    def forward(self, x):
+        x.relu_()
+        return self.head(self.conv(x).mean((2, 3)))
+
+torch.manual_seed(0)
+model = Block().eval()
+x = torch.randn(1, 3, 9, 9)
+fast = fastcv.accelerate(model)
+with torch.inference_mode():
+    for _ in range(2):
+        torch.testing.assert_close(fast(x.clone()), model(x.clone()))
+assert len(fast.fastcv_report.parts) == 1, fast.fastcv_report
+assert "torch._dynamo" not in sys.modules
+print("as it should be")
+"""
+
+
+def test_torchs_compiler_is_not_imported():
+    """It takes a second and 150 MB; shapes are found without it where nothing else has imported it."""
+    result = subprocess.run([sys.executable, "-c", _ALONE], capture_output=True, text=True, timeout=100)
+    assert result.stdout.strip() == "as it should be", result.stderr
+
+
+def test_results_are_compared_piece_by_piece():
+    close = sys.modules["fastcv.accelerate._capture"]._close_tensors
+    expected = torch.randn(2, 3, 100, 7).contiguous(memory_format=torch.channels_last)
+    for place in ((0, 0, 0, 0), (1, 2, 99, 6), (1, 0, 50, 3)):
+        other = expected.clone()
+        other[place] += 1e-3
+        assert not close(other, expected, 1e-5)
+        assert close(other, expected, 1e-2)
+        other[place] = math.nan
+        assert not close(other, expected, 1.0)
+        assert close(other, other, 1e-5)
+    assert close(torch.tensor(2.0), torch.tensor(2.0), 1e-5)
+    assert not close(torch.tensor([1, 2]), torch.tensor([1, 3]), 1.0)

@@ -374,18 +374,34 @@ def test_bfloat16_rounds_operands():
             assert (result - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def test_highest_precision_has_no_winograd():
-    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)).eval()
-    x = torch.randn(1, 32, 40, 40)
+@pytest.mark.parametrize(
+    ("size", "pixels", "expected"),
+    [
+        (3, 114, {"default": "winograd", "highest": "gemm", "fast": "winograd_6x6"}),
+        (3, 14, {"default": "winograd", "highest": "gemm", "fast": "winograd"}),
+        (5, 40, {"default": "winograd_5x5", "highest": "gemm", "fast": "winograd_5x5_4x4"}),
+    ],
+)
+def test_precision_chooses_winograds_tiles(size, pixels, expected):
+    model = nn.Sequential(nn.Conv2d(32, 32, size, padding=size // 2)).eval()
+    x = torch.randn(1, 32, pixels, pixels)
     kernels = {}
-    for precision in ("default", "highest"):
+    for precision in ("default", "highest", "fast"):
         fast = fastcv.accelerate(model, precision=precision)
         with torch.inference_mode():
-            fast(x)
+            exact = F.conv2d(x.double(), model[0].weight.double(), model[0].bias.double(), padding=size // 2)
+            assert (fast(x) - exact).abs().max() <= (5e-5 if precision == "fast" else 1e-5) * exact.abs().max()
             kernels[precision] = KERNELS[programs(fast)[0].profile(x)[0, 1]]
-    assert kernels == {"default": "winograd", "highest": "gemm"}
-    with pytest.raises(ValueError, match='expected "default", or in float32 "highest"'):
-        fastcv.accelerate(model, dtype=torch.bfloat16, precision="highest")
+    assert kernels == expected
+
+
+def test_wrong_precision_and_type():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    for precision in ("highest", "fast"):
+        with pytest.raises(ValueError, match='expected "default", or in float32 "highest" or "fast"'):
+            fastcv.accelerate(model, dtype=torch.bfloat16, precision=precision)
+    with pytest.raises(ValueError, match=r"precision: expected .* got 'faster'"):
+        fastcv.accelerate(model, precision="faster")
     with pytest.raises(ValueError, match=r"expected torch.float32 or torch.bfloat16, got torch.float16"):
         fastcv.accelerate(model, dtype=torch.float16)
 

@@ -1,0 +1,38 @@
+// The windows of pooling, as shells and kernels see them.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcv {
+
+// One axis: window o has the pixels o * stride - padding + k * dilation, k < kernel, those that lie in [0, input).
+struct PoolAxis {
+  int64_t input, output, kernel, stride, padding, dilation;
+
+  int64_t start(int64_t o) const { return o * stride - padding; }
+  bool disjoint() const { return stride >= (kernel - 1) * dilation + 1; }
+};
+
+struct PoolGeometry {
+  PoolAxis y, x;
+
+  bool disjoint() const { return y.disjoint() && x.disjoint(); }
+};
+
+// Window o covers a pixel with its tap k.
+struct Covering {
+  int32_t window, tap;
+};
+
+// Lists of such pairs, one after the other: those of i are list[begin[i]] to list[begin[i + 1]].
+struct Coverings {
+  const Covering* list;
+  const int32_t* begin;
+};
+
+// Outputs of a task: less is not worth another thread.
+constexpr int64_t kPoolGrain = 32 * 1024;
+// Results from this size on are written past the caches.
+constexpr int64_t kPoolStreamBytes = int64_t(16) << 20;
+
+}  // namespace fastcv

@@ -1,0 +1,108 @@
+"""What the pooling operators share: windows, output sizes, how they are called, vmap."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ._autograd import needs_derivatives
+from ._checks import check_floating, pair
+
+Size = int | tuple[int, int] | list[int]
+
+
+def window(kernel_size: Size, stride: Size | None, padding: Size, dilation: Size = 1, *, reach: bool = True) -> list[int]:
+    """The eight numbers of the schemas, checked: kernel, stride, padding and dilation, each for rows and columns.
+
+    Padding may be half of what the window spans, or with ``reach=False`` half of the kernel.
+    """
+    try:
+        return _window(kernel_size, stride, padding, dilation, reach)
+    except TypeError:  # lists and symbolic sizes have no hash
+        return _window.__wrapped__(kernel_size, stride, padding, dilation, reach)
+
+
+@functools.lru_cache(maxsize=1024)
+def _window(kernel_size, stride, padding, dilation, reach) -> list[int]:
+    kernel = pair("kernel_size", kernel_size)
+    # An empty list is what torch's schemas have for "as the kernel".
+    strides = kernel if stride is None or stride == [] else pair("stride", stride)
+    pads, dilations = pair("padding", padding, minimum=0), pair("dilation", dilation)
+    spans = [(k - 1) * d + 1 if reach else k for k, d in zip(kernel, dilations, strict=True)]
+    if any(p > span // 2 for p, span in zip(pads, spans, strict=True)):
+        raise ValueError(f"padding: expected at most half of what the window spans, {spans}, got {padding!r}")
+    return [*kernel, *strides, *pads, *dilations]
+
+
+def check_map(input: Tensor) -> None:
+    """Dtype, and ``[N, C, H, W]`` or ``[C, H, W]``."""
+    check_floating("input", input)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: expected shape [N, C, H, W] or [C, H, W], got {list(input.shape)}")
+
+
+def check_fits(input: Tensor, w: list[int], ceil_mode: bool) -> None:
+    height, width = input.shape[-2:]
+    reach_h, reach_w = (w[0] - 1) * w[6] + 1 - 2 * w[4], (w[1] - 1) * w[7] + 1 - 2 * w[5]
+    if ceil_mode:  # a window may stand out by less than a stride
+        reach_h, reach_w = max(1, reach_h - w[2] + 1), max(1, reach_w - w[3] + 1)
+    if height < reach_h or width < reach_w or height < 1 or width < 1:
+        raise ValueError(
+            f"input: expected at least {max(reach_h, 1)} x {max(reach_w, 1)} pixels for this kernel_size and padding, "
+            f"got {height} x {width}"
+        )
+
+
+def pooled_size(size: int, d: int, w: list[int], ceil_mode: bool) -> int:
+    """Windows along axis ``d``: torch's rule, by which none starts behind the map and its padding."""
+    kernel, stride, padding, dilation = w[d::2]
+    out = (size + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
+
+
+def plain() -> bool:
+    """Whether neither torch.compile nor a transform of torch.func looks on: then a call may go below autograd."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def call(op, tensor: Tensor, *rest):
+    """``op(tensor, *rest)``, past autograd's kernel in Python where no derivative is wanted: it takes as long as a small
+    pooling."""
+    if plain() and not needs_derivatives(tensor):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(tensor, *rest)
+    return op(tensor, *rest)
+
+
+def in_onnx_export() -> bool:
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
+def like(input: Tensor, size: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor in the memory format of ``input``, for fake kernels."""
+    memory_format = torch._prims_common.suggest_memory_format(input)
+    return torch.empty(size, dtype=dtype or input.dtype, device=input.device, memory_format=memory_format)
+
+
+def fold_images(op):
+    """A vmap rule: the mapped dimension joins the images of all tensors."""
+
+    def rule(info, in_dims, *args):
+        folded = []
+        for arg, dim in zip(args, in_dims, strict=True):
+            if isinstance(arg, Tensor):
+                arg = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
+                arg = arg.flatten(0, 1)
+            folded.append(arg)
+        results = op(*folded)
+        many = isinstance(results, tuple)
+        # An output that there is none of has no images.
+        unfolded = tuple(
+            r.unflatten(0, (info.batch_size, -1)) if r.dim() == 4 else r.expand(info.batch_size, *r.shape)
+            for r in (results if many else (results,))
+        )
+        return (unfolded, (0,) * len(unfolded)) if many else (unfolded[0], 0)
+
+    return rule
