@@ -37,7 +37,21 @@ WEIGHT, BIAS, RESIDUAL = torch.randn(8, 12, 2, 2), torch.randn(8), torch.randn(5
 TRANSPOSED, TRANSPOSED_GEOMETRY = torch.randn(24, 4, 6, 7), ([3, 2], [10, 16], [1, 0], [5, 4])
 TRANSPOSED_RESIDUAL = torch.randn(5, 8, 37, 17)
 
+# kernel, stride, padding and dilation, each for rows and columns; no two alike that could change places unseen
+POOLED, SWITCHES = fastcv.reference.max_pool2d.max_pool2d(FEATURE, [5, 4, 2, 3, 1, 2, 2, 1], True, 1)
+POOLING = [5, 4, 2, 3, 1, 2, 2, 1]
+AVERAGING = [5, 4, 2, 3, 1, 2, 1, 1]
+AVERAGED = fastcv.reference.avg_pool2d.avg_pool2d(FEATURE, AVERAGING, True, True, 0)
+
 CALLS = {
+    "max_pool2d": [(FEATURE, POOLING, True, 1), (FEATURE, POOLING, False, 8), (FEATURE, POOLING, True, 0)],
+    "max_unpool2d": [(POOLED, SWITCHES, 11, 13, POOLING, True), (POOLED, SWITCHES, 11, 13, POOLING, False)],
+    "max_unpool2d_backward": [(FEATURE, SWITCHES, POOLING, True), (FEATURE, SWITCHES, POOLING, False)],
+    "avg_pool2d": [(FEATURE, AVERAGING, True, False, 0), (FEATURE, AVERAGING, False, True, 7)],
+    "avg_pool2d_backward": [(AVERAGED, 11, 13, AVERAGING, False, 0), (AVERAGED, 11, 13, AVERAGING, True, 7)],
+    "adaptive_avg_pool2d": [(FEATURE, 3, 5)],
+    "adaptive_avg_pool2d_backward": [(AVERAGED, 17, 9)],
+    "adaptive_max_pool2d": [(FEATURE, 3, 5)],
     "conv2d": [
         (FEATURE, WEIGHT, BIAS, None, None, 2, *GEOMETRY, "silu", 0.3, "auto"),
         (FEATURE, WEIGHT, None, RESIDUAL, None, 2, *GEOMETRY, "leaky_relu", 0.3, "gemm"),

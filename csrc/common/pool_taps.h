@@ -185,6 +185,14 @@ FASTCV_INLINE void each_tap(const PoolGeometry& g, const T* plane, int64_t strid
   }
 }
 
+// Asks for `rows` rows of n elements that windows two rows of output below will read. Processors foresee one row, not that
+// the next ones take turns.
+template <class T>
+FASTCV_INLINE void prefetch_rows(const T* first, int64_t row_stride, int64_t rows, int64_t n) {
+  for (int64_t i = 0; i < least(rows, 4); ++i)
+    for (int64_t at = 0; at < n; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + i * row_stride + at);
+}
+
 // f(shape) with what the compiler shall know of the columns: the stride where it is 1 or 2, and the kernel for the common
 // ones; 0 for all others.
 template <int S, int K>

@@ -43,6 +43,9 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
       const int n = int(least(L, g.x.output - ox));
       const int64_t x0 = g.x.start(ox), at = task * g.x.output + ox;
+      if (t.stream)
+        prefetch_rows(map + (g.y.start(oy) + 2 * g.y.stride) * t.input.stride_y + x0, t.input.stride_y, g.y.stride,
+                      L * g.x.stride);
       // All of a window may be -infinity: its first pixel is the maximum then.
       Vec<Acc<T>> best = broadcast(kLowest<T>);
       Vec<P> index = Vec<P>{} + P(rows.first * taps.step_y);

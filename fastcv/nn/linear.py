@@ -17,6 +17,7 @@ _GEOMETRY = (1, [1, 1], [0, 0], [1, 1])
 _MOST_VECTORS = 4  # that the kernel "gemv" takes, which reads the weights where they lie
 _LEAST_CHANNELS = 16
 _LEAST_WEIGHTS = 1 << 20  # with fewer the call takes longer (20 us) than the kernels save
+_LEAST_OF_ONE = 1 << 22  # the same for a single vector, where torch reads the weights nearly as fast
 _compiled = implementation("conv2d", "cpu") == "compiled"
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -24,9 +25,9 @@ _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 class Linear(nn.Linear):
     """:class:`torch.nn.Linear` on fastcv's kernels: the same arguments, state dict and results to rounding.
 
-    Without gradients, in float32 on the CPU and with a million weights or more, up to four vectors are multiplied with
-    the weights where these lie, and more with a copy of them laid out for it, which is kept until they change (so that
-    they take twice the memory). Otherwise the layer is torch's.
+    Without gradients, in float32 on the CPU and with a million weights or more (four million for a single vector), up
+    to four vectors are multiplied with the weights where these lie, and more with a copy of them laid out for it, which
+    is kept until they change (so that they take twice the memory). Otherwise the layer is torch's.
 
     Args: those of :class:`torch.nn.Linear`.
 
@@ -72,6 +73,8 @@ class Linear(nn.Linear):
         if input.dim() == 0 or input.shape[-1] != self.in_features or input.numel() == 0:
             return False  # torch's error, or its empty result
         if not weight.is_contiguous() or needs_derivatives(*tensors):
+            return False
+        if input.numel() == self.in_features and weight.numel() < _LEAST_OF_ONE:
             return False
         # A weight that counts no changes could only be laid out at every call.
         return not weight.is_inference() or input.numel() <= _MOST_VECTORS * self.in_features

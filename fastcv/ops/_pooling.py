@@ -13,7 +13,9 @@ from ._checks import check_floating, pair
 Size = int | tuple[int, int] | list[int]
 
 
-def window(kernel_size: Size, stride: Size | None, padding: Size, dilation: Size = 1, *, reach: bool = True) -> list[int]:
+def window(
+    kernel_size: Size, stride: Size | None, padding: Size, dilation: Size = 1, *, reach: bool = True
+) -> list[int]:
     """The eight numbers of the schemas, checked: kernel, stride, padding and dilation, each for rows and columns.
 
     Padding may be half of what the window spans, or with ``reach=False`` half of the kernel.
@@ -68,8 +70,8 @@ def plain() -> bool:
 
 
 def call(op, tensor: Tensor, *rest):
-    """``op(tensor, *rest)``, past autograd's kernel in Python where no derivative is wanted: it takes as long as a small
-    pooling."""
+    """``op(tensor, *rest)``; where no derivative is wanted past autograd's kernel in Python, which takes as long as a
+    small pooling."""
     if plain() and not needs_derivatives(tensor):
         with torch._C._AutoDispatchBelowAutograd():
             return op(tensor, *rest)
@@ -84,6 +86,13 @@ def like(input: Tensor, size: tuple[int, ...], dtype: torch.dtype | None = None)
     """An empty tensor in the memory format of ``input``, for fake kernels."""
     memory_format = torch._prims_common.suggest_memory_format(input)
     return torch.empty(size, dtype=dtype or input.dtype, device=input.device, memory_format=memory_format)
+
+
+def in_format(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A gradient in the memory format that its map had: maps of one pixel do not show it."""
+    if memory_format != torch.channels_last or tuple(grad.shape[2:]) != (1, 1):
+        return grad
+    return grad.reshape(grad.shape[0], 1, 1, grad.shape[1]).permute(0, 3, 1, 2)
 
 
 def fold_images(op):

@@ -1,7 +1,7 @@
 """Pooling to a given size: :func:`adaptive_avg_pool2d`, :func:`adaptive_max_pool2d`, :func:`spatial_pyramid_pool`.
 
-Bin ``o`` of ``bins`` has the pixels ``floor(o * size / bins)`` to ``ceil((o + 1) * size / bins)``, exclusive, as torch has
-it, so that bins may share a pixel. Of maxima NaN wins, the last one of a bin, and of equals the first.
+As in torch, bin ``o`` of ``bins`` has the pixels ``floor(o * size / bins)`` to ``ceil((o + 1) * size / bins)``,
+exclusive, so that bins may share a pixel. Of maxima NaN wins, the last one of a bin, and of equals the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import register_autograd
 from ._checks import check_one_of
-from ._pooling import call, check_map, fold_images, in_onnx_export, like
+from ._pooling import call, check_map, fold_images, in_format, in_onnx_export, like
 from .max_pool2d import _max_unpool2d, _max_unpool2d_backward
 
 define(
@@ -60,8 +60,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: OutputSize) -> Tensor:
         output_size: bins, ``OH`` or ``(OH, OW)``; None for as many as there are pixels. 1 takes the mean of each map.
 
     Returns:
-        ``[N, C, OH, OW]`` in the input's dtype and memory format. Differentiable in both modes, twice; bit-equal for any
-        number of threads.
+        ``[N, C, OH, OW]`` in the input's dtype and memory format. Differentiable in both modes, twice; bit-equal for
+        any number of threads.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or value.
@@ -122,8 +122,8 @@ def spatial_pyramid_pool(input: Tensor, levels: Sequence[int] = (4, 2, 1), mode:
         mode: ``"max"`` or ``"avg"``.
 
     Returns:
-        ``[N, C * sum(l * l)]``: level after level, in each the channels' grids row by row. Differentiable in both modes,
-        twice; bit-equal for any number of threads.
+        ``[N, C * sum(l * l)]``: level after level, in each the channels' grids row by row. Differentiable in both
+        modes, twice; bit-equal for any number of threads.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or value.
@@ -167,10 +167,11 @@ def _(input, height, width):
 def _setup_sizes(ctx, inputs, output):
     """Of a linear operator and its transpose: the two sizes."""
     ctx.size, ctx.output_size = inputs[0].shape[2:], output.shape[2:]
+    ctx.format = torch._prims_common.suggest_memory_format(inputs[0])
 
 
 def _backward_of_avg(ctx, grad):
-    return _avg_backward(grad, *ctx.size), None, None
+    return _avg_backward(in_format(grad, ctx.format), *ctx.size), None, None
 
 
 def _jvp_of_avg(ctx, tangent, *_):
@@ -189,6 +190,7 @@ def _setup_max(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.size = inputs[0].shape[2:]
+    ctx.format = torch._prims_common.suggest_memory_format(inputs[0])
     ctx.save_for_backward(output[1])
     ctx.save_for_forward(output[1])
 
@@ -196,7 +198,7 @@ def _setup_max(ctx, inputs, output):
 def _backward_of_max(ctx, grad, _):
     if grad is None:
         return None, None, None
-    return _max_unpool2d(grad, *ctx.saved_tensors, *ctx.size, _ANYWHERE, True), None, None
+    return _max_unpool2d(in_format(grad, ctx.format), *ctx.saved_tensors, *ctx.size, _ANYWHERE, True), None, None
 
 
 def _jvp_of_max(ctx, tangent, *_):

@@ -9,7 +9,18 @@ from torch import Tensor
 from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import register_autograd
-from ._pooling import Size, call, check_fits, check_map, fold_images, in_onnx_export, like, pooled_size, window
+from ._pooling import (
+    Size,
+    call,
+    check_fits,
+    check_map,
+    fold_images,
+    in_format,
+    in_onnx_export,
+    like,
+    pooled_size,
+    window,
+)
 
 define(
     "avg_pool2d(Tensor input, SymInt[8] window, bool ceil_mode, bool count_include_pad, int divisor) -> Tensor",
@@ -42,8 +53,8 @@ def avg_pool2d(
         divisor_override: divides the sum instead, if given; not 0.
 
     Returns:
-        ``[N, C, OH, OW]`` in the input's dtype and memory format. Differentiable in both modes, twice; bit-equal for any
-        number of threads.
+        ``[N, C, OH, OW]`` in the input's dtype and memory format. Differentiable in both modes, twice; bit-equal for
+        any number of threads.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or value.
@@ -69,9 +80,7 @@ def avg_pool2d(
 
 @torch.library.register_fake("fastcv::avg_pool2d", lib=LIBRARY)
 def _(input, window, ceil_mode, count_include_pad, divisor):
-    return like(
-        input, (*input.shape[:2], *(pooled_size(input.shape[2 + d], d, window, ceil_mode) for d in (0, 1)))
-    )
+    return like(input, (*input.shape[:2], *(pooled_size(input.shape[2 + d], d, window, ceil_mode) for d in (0, 1))))
 
 
 @torch.library.register_fake("fastcv::avg_pool2d_backward", lib=LIBRARY)
@@ -85,10 +94,11 @@ def _(grad, height, width, window, count_include_pad, divisor):
 def _setup(ctx, inputs, output):
     input, ctx.window, ctx.ceil_mode, *ctx.rest = inputs
     ctx.size = input.shape[2:]
+    ctx.format = torch._prims_common.suggest_memory_format(input)
 
 
 def _backward(ctx, grad):
-    return _avg_pool2d_backward(grad, *ctx.size, ctx.window, *ctx.rest), *[None] * 4
+    return _avg_pool2d_backward(in_format(grad, ctx.format), *ctx.size, ctx.window, *ctx.rest), *[None] * 4
 
 
 def _jvp(ctx, tangent, *_):

@@ -21,7 +21,19 @@ from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import needs_derivatives, register_autograd
 from ._checks import check_one_of
-from ._pooling import Size, call, check_fits, check_map, fold_images, in_onnx_export, like, plain, pooled_size, window
+from ._pooling import (
+    Size,
+    call,
+    check_fits,
+    check_map,
+    fold_images,
+    in_format,
+    in_onnx_export,
+    like,
+    plain,
+    pooled_size,
+    window,
+)
 
 _WINDOW = "SymInt[8] window"  # kernel, stride, padding, dilation, each for rows and columns
 define(
@@ -94,7 +106,7 @@ def max_pool2d(
         TypeError, ValueError: an argument of wrong type, shape or value.
         RuntimeError: a dilated window that steps over the whole map.
 
-    Source: Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014, section 2.1 (switches).
+    Source: Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014, section 2.1.
 
     Example:
         >>> import torch, fastcv
@@ -118,7 +130,7 @@ def max_pool2d(
     compact = w[0] * w[1] <= _MOST_COMPACT
     if return_indices and indices == "compact" and not compact:
         raise ValueError(
-            f"indices: compact ones serve windows of up to {_MOST_COMPACT} elements, got {w[0]} x {w[1]}; use \"int64\""
+            f'indices: compact ones serve windows of up to {_MOST_COMPACT} elements, got {w[0]} x {w[1]}; use "int64"'
         )
     if torch.compiler.is_compiling() and in_onnx_export():
         values, positions = F.max_pool2d(input, w[:2], w[2:4], w[4:6], w[6:], ceil_mode, return_indices=True)
@@ -178,6 +190,7 @@ def _setup_pool(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.size = input.shape[2:]
+    ctx.format = torch._prims_common.suggest_memory_format(input)
     kept = output[1] if ctx.index_bytes else input  # without indices they are found again
     ctx.save_for_backward(kept)
     ctx.save_for_forward(kept)
@@ -194,7 +207,7 @@ def _positions(ctx):
 def _backward_of_pool(ctx, grad, _):
     if grad is None:
         return None, None, None, None
-    return _max_unpool2d(grad, _positions(ctx), *ctx.size, ctx.window, True), None, None, None
+    return _max_unpool2d(in_format(grad, ctx.format), _positions(ctx), *ctx.size, ctx.window, True), None, None, None
 
 
 def _jvp_of_pool(ctx, tangent, *_):

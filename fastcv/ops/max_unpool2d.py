@@ -7,8 +7,8 @@ Defined on every path alike:
 * an index outside the map raises, and names the first one in reading order;
 * all else is zero.
 
-In ONNX graphs it becomes ``ScatterElements``, after a ``ScatterElements`` with ``max`` that finds the last windows where
-they may overlap; compact indices are then torch's.
+In ONNX graphs it becomes ``ScatterElements``, after a ``ScatterElements`` with ``max`` that finds the last windows
+where they may overlap; compact indices are then torch's.
 """
 
 from __future__ import annotations

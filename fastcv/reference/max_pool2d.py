@@ -1,7 +1,7 @@
 """Max pooling and unpooling in plain PyTorch: the specification of ``csrc/max_pool2d``.
 
-``window`` is kernel, stride, padding and dilation, each for rows and columns. An index is flat, ``y * W + x`` in int64, or
-compact, the element ``i * KW + j`` of its window in uint8.
+``window`` is kernel, stride, padding and dilation, each for rows and columns. An index is flat, ``y * W + x`` in
+int64, or compact, the element ``i * KW + j`` of its window in uint8.
 """
 
 from __future__ import annotations

@@ -77,9 +77,10 @@ def test_linear(size, bias):
 def test_where_it_runs(used):
     layer = fastcv.nn.Linear(1024, 1100)
     with torch.no_grad():
-        for rows in (1, 4, 5):
+        for rows in (1, 2, 4, 5):  # one vector stays with torch here
             layer(torch.randn(rows, 1024))
-        assert used == ["gemv", "gemv", "gemm"]
+        fastcv.nn.Linear(1024, 4096)(torch.randn(1024))
+        assert used == ["gemv", "gemv", "gemm", "gemv"]
         used.clear()
         fastcv.nn.Linear(512, 1000)(torch.randn(3, 512))  # too small
         copy.deepcopy(layer).double()(torch.randn(3, 1024).double())
