@@ -20,6 +20,8 @@ def window(
 
     Padding may be half of what the window spans, or with ``reach=False`` half of the kernel.
     """
+    if torch.compiler.is_compiling():  # which looks through a cache, and warns of it
+        return _window.__wrapped__(kernel_size, stride, padding, dilation, reach)
     try:
         return _window(kernel_size, stride, padding, dilation, reach)
     except TypeError:  # lists and symbolic sizes have no hash

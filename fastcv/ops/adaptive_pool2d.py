@@ -198,11 +198,11 @@ def _setup_max(ctx, inputs, output):
 def _backward_of_max(ctx, grad, _):
     if grad is None:
         return None, None, None
-    return _max_unpool2d(in_format(grad, ctx.format), *ctx.saved_tensors, *ctx.size, _ANYWHERE, True), None, None
+    return _max_unpool2d(in_format(grad, ctx.format), *ctx.saved_tensors, *ctx.size, *_ANYWHERE, True), None, None
 
 
 def _jvp_of_max(ctx, tangent, *_):
-    return _max_unpool2d_backward(tangent, *ctx.saved_tensors, _ANYWHERE, True), None
+    return _max_unpool2d_backward(tangent, *ctx.saved_tensors, *_ANYWHERE, True), None
 
 
 register_autograd("adaptive_avg_pool2d", setup_context=_setup_sizes, backward=_backward_of_avg, jvp=_jvp_of_avg)
