@@ -6,13 +6,13 @@
 namespace fastcv {
 namespace {
 
-// How many elements count along an axis, for each window. A window may stand out of the padding, and only there less.
+// One over how many elements count along an axis, for each window. A window may stand out of the padding, and only there less.
 template <class A>
-std::vector<A> lengths(const PoolAxis& a, bool include_padding) {
+std::vector<A> shares(const PoolAxis& a, bool include_padding) {
   std::vector<A> all(a.output);
   for (int64_t o = 0; o < a.output; ++o) {
     const int64_t first = a.start(o), last = std::min(first + a.kernel, a.input + a.padding);
-    all[o] = A(include_padding ? last - first : std::min(last, a.input) - std::max<int64_t>(first, 0));
+    all[o] = A(1) / A(include_padding ? last - first : std::min(last, a.input) - std::max<int64_t>(first, 0));
   }
   return all;
 }
@@ -23,9 +23,9 @@ struct Sizes {
 
   Sizes(const PoolGeometry& g, bool include_padding, int64_t divisor) {
     if (divisor) {
-      rows.assign(g.y.output, A(divisor)), columns.assign(g.x.output, A(1));
+      rows.assign(g.y.output, A(1) / A(divisor)), columns.assign(g.x.output, A(1));
     } else {
-      rows = lengths<A>(g.y, include_padding), columns = lengths<A>(g.x, include_padding);
+      rows = shares<A>(g.y, include_padding), columns = shares<A>(g.x, include_padding);
     }
   }
 };

@@ -17,6 +17,7 @@ from ._pooling import (
     fold_images,
     in_format,
     in_onnx_export,
+    is_channels_last,
     like,
     pooled_size,
     window,
@@ -98,13 +99,13 @@ def _(grad, height, width, *rest):
 def _setup(ctx, inputs, output):
     input, *ctx.window, ctx.ceil_mode, ctx.include_pad, ctx.divisor = inputs
     ctx.size = input.shape[2:]
-    ctx.format = torch._prims_common.suggest_memory_format(input)
+    ctx.channels_last = is_channels_last(input)
 
 
 def _backward(ctx, grad):
-    return _avg_pool2d_backward(in_format(grad, ctx.format), *ctx.size, *ctx.window, ctx.include_pad, ctx.divisor), *[
-        None
-    ] * 9
+    grad = in_format(grad, ctx.channels_last)
+    gradient = call(_avg_pool2d_backward, grad, *ctx.size, *ctx.window, ctx.include_pad, ctx.divisor)
+    return gradient, *[None] * 9
 
 
 def _jvp(ctx, tangent, *_):

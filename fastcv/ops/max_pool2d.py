@@ -29,6 +29,7 @@ from ._pooling import (
     fold_images,
     in_format,
     in_onnx_export,
+    is_channels_last,
     like,
     plain,
     pooled_size,
@@ -191,7 +192,7 @@ def _setup_pool(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.size = input.shape[2:]
-    ctx.format = torch._prims_common.suggest_memory_format(input)
+    ctx.channels_last = is_channels_last(input)
     kept = output[1] if ctx.index_bytes else input  # without indices they are found again
     ctx.save_for_backward(kept)
     ctx.save_for_forward(kept)
@@ -208,7 +209,7 @@ def _positions(ctx):
 def _backward_of_pool(ctx, grad, _):
     if grad is None:
         return (None,) * 11
-    gradient = _max_unpool2d(in_format(grad, ctx.format), _positions(ctx), *ctx.size, *ctx.window, True)
+    gradient = call(_max_unpool2d, in_format(grad, ctx.channels_last), _positions(ctx), *ctx.size, *ctx.window, True)
     return gradient, *[None] * 10
 
 
@@ -223,7 +224,7 @@ def _setup_unpool(ctx, inputs, output):
 
 
 def _backward_of_unpool(ctx, grad):
-    return _max_unpool2d_backward(grad, *ctx.saved_tensors, *ctx.window, ctx.sum), *[None] * 12
+    return call(_max_unpool2d_backward, grad, *ctx.saved_tensors, *ctx.window, ctx.sum), *[None] * 12
 
 
 def _jvp_of_unpool(ctx, tangent, *_):
