@@ -37,18 +37,18 @@ WEIGHT, BIAS, RESIDUAL = torch.randn(8, 12, 2, 2), torch.randn(8), torch.randn(5
 TRANSPOSED, TRANSPOSED_GEOMETRY = torch.randn(24, 4, 6, 7), ([3, 2], [10, 16], [1, 0], [5, 4])
 TRANSPOSED_RESIDUAL = torch.randn(5, 8, 37, 17)
 
-# kernel, stride, padding and dilation, each for rows and columns; no two alike that could change places unseen
-POOLED, SWITCHES = fastcv.reference.max_pool2d.max_pool2d(FEATURE, [5, 4, 2, 3, 1, 2, 2, 1], True, 1)
-POOLING = [5, 4, 2, 3, 1, 2, 2, 1]
-AVERAGING = [5, 4, 2, 3, 1, 2, 1, 1]
-AVERAGED = fastcv.reference.avg_pool2d.avg_pool2d(FEATURE, AVERAGING, True, True, 0)
+# kernel, stride, padding and dilation, each for rows and columns
+POOLING, AVERAGING = (5, 4, 6, 7, 3, 2, 10, 9), (5, 4, 6, 7, 1, 2)
+MAP = torch.randn(2, 3, 41, 43)
+POOLED, SWITCHES = fastcv.reference.max_pool2d.max_pool2d(MAP, *POOLING, True, 1)
+AVERAGED = fastcv.reference.avg_pool2d.avg_pool2d(MAP, *AVERAGING, True, True, 0)
 
 CALLS = {
-    "max_pool2d": [(FEATURE, POOLING, True, 1), (FEATURE, POOLING, False, 8), (FEATURE, POOLING, True, 0)],
-    "max_unpool2d": [(POOLED, SWITCHES, 11, 13, POOLING, True), (POOLED, SWITCHES, 11, 13, POOLING, False)],
-    "max_unpool2d_backward": [(FEATURE, SWITCHES, POOLING, True), (FEATURE, SWITCHES, POOLING, False)],
-    "avg_pool2d": [(FEATURE, AVERAGING, True, False, 0), (FEATURE, AVERAGING, False, True, 7)],
-    "avg_pool2d_backward": [(AVERAGED, 11, 13, AVERAGING, False, 0), (AVERAGED, 11, 13, AVERAGING, True, 7)],
+    "max_pool2d": [(MAP, *POOLING, True, 1), (MAP, *POOLING, False, 8), (MAP, *POOLING, True, 0)],
+    "max_unpool2d": [(POOLED, SWITCHES, 41, 43, *POOLING, sum) for sum in (True, False)],
+    "max_unpool2d_backward": [(MAP, SWITCHES, *POOLING, sum) for sum in (True, False)],
+    "avg_pool2d": [(MAP, *AVERAGING, True, False, 0), (MAP, *AVERAGING, False, True, 11)],
+    "avg_pool2d_backward": [(AVERAGED, 41, 43, *AVERAGING, False, 0), (AVERAGED, 41, 43, *AVERAGING, True, 11)],
     "adaptive_avg_pool2d": [(FEATURE, 3, 5)],
     "adaptive_avg_pool2d_backward": [(AVERAGED, 17, 9)],
     "adaptive_max_pool2d": [(FEATURE, 3, 5)],

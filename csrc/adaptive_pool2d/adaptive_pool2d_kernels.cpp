@@ -31,7 +31,8 @@ FASTCV_INLINE void mean_of(const S* map, int64_t stride_y, int64_t stride_x, con
   for (int64_t y = b.y0; y < b.y1; ++y)
     for (int64_t x = b.x0; x < b.x1; ++x)
       for (int v = 0; v < V; ++v) sum[v] += load_n(map + y * stride_y + x * stride_x + v * L, n);
-  for (int v = 0; v < V; ++v) mean[v] = sum[v] / Acc<S>(b.size());
+  const Acc<S> share = Acc<S>(1 / b.size());
+  for (int v = 0; v < V; ++v) mean[v] = sum[v] * share;
 }
 
 template <int V, class S>
@@ -108,20 +109,26 @@ void global_avg_pool2d(const AdaptivePool<T>& t, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   const FeatureMap<const T> in = t.input;
   const int64_t pixels = in.height * in.width;
-  for (int64_t i = begin; i < end; ++i) {
-    const T* const plane = in.data + i / in.channels * in.stride_n + i % in.channels * in.stride_c;
-    Vec<A> sums[4] = {};
-    int64_t p = 0;
-    for (; p + 4 * L <= pixels; p += 4 * L)
-      for (int v = 0; v < 4; ++v) sums[v] += load(plane + p + v * L);
-    for (; p + L <= pixels; p += L) sums[0] += load(plane + p);
-    if (p < pixels) sums[1] += load_first(plane + p, int(pixels - p));
-    const Vec<A> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    A lanes[L];
-    store(lanes, all);
+  for (int64_t i = begin; i < end;) {
+    // As many planes as a vector has lanes; their sums are added across by turning rows into columns.
+    const int64_t image = i / in.channels, c = i % in.channels;
+    const int n = int(least(L, least(end - i, in.channels - c)));
+    Vec<A> rows[L];
+    for (int l = 0; l < L; ++l) {
+      const T* const plane = in.data + image * in.stride_n + (c + (l < n ? l : 0)) * in.stride_c;
+      Vec<A> sums[4] = {};
+      int64_t p = 0;
+      for (; p + 4 * L <= pixels; p += 4 * L)
+        for (int v = 0; v < 4; ++v) sums[v] += load(plane + p + v * L);
+      for (; p + L <= pixels; p += L) sums[0] += load(plane + p);
+      if (p < pixels) sums[1] += load_first(plane + p, int(pixels - p));
+      rows[l] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+    transpose(rows);
     for (int half = L / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-    from_accumulate(lanes[0] / A(pixels), t.output + i / in.channels * t.stride_n + i % in.channels * t.stride_c);
+      for (int l = 0; l < half; ++l) rows[l] += rows[l + half];
+    store_n(t.output + image * t.stride_n + c * t.stride_c, rows[0] * A(1 / double(pixels)), n);
+    i += n;
   }
 }
 
@@ -142,7 +149,7 @@ void adaptive_avg_pool2d_backward_channels_last(const AdaptiveAvgBackward<T>& t,
             for (int64_t ox = first_x; ox < t.x.bins && t.x.begin(ox) <= x; ++ox) {
               const Bin b{t.y.begin(oy), t.y.end(oy), t.x.begin(ox), t.x.end(ox)};
               const T* const grad = t.grad + image * t.stride_n + (oy * t.x.bins + ox) * t.stride_bin + k;
-              sum += load_n(grad, n) / A(b.size());
+              sum += load_n(grad, n) * A(1 / b.size());
             }
           store_n(to + k, sum, n);
         }

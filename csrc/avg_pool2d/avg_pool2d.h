@@ -8,7 +8,7 @@
 
 namespace fastcv {
 
-// The mean of window (oy, ox) is its sum over rows[oy] * columns[ox], the lengths that count.
+// The mean of window (oy, ox) is its sum times rows[oy] * columns[ox], the reciprocals of the lengths that count.
 template <class T>
 struct AvgPool {
   PoolGeometry geometry;

@@ -6,13 +6,13 @@
 namespace fastcv {
 namespace {
 
-// How many elements count along an axis, for each window. A window may stand out of the padding, and only there less.
+// One over how many elements count along an axis, for each window. A window may stand out of the padding, and only there less.
 template <class A>
-std::vector<A> lengths(const PoolAxis& a, bool include_padding) {
+std::vector<A> shares(const PoolAxis& a, bool include_padding) {
   std::vector<A> all(a.output);
   for (int64_t o = 0; o < a.output; ++o) {
     const int64_t first = a.start(o), last = std::min(first + a.kernel, a.input + a.padding);
-    all[o] = A(include_padding ? last - first : std::min(last, a.input) - std::max<int64_t>(first, 0));
+    all[o] = A(1) / A(include_padding ? last - first : std::min(last, a.input) - std::max<int64_t>(first, 0));
   }
   return all;
 }
@@ -23,25 +23,20 @@ struct Sizes {
 
   Sizes(const PoolGeometry& g, bool include_padding, int64_t divisor) {
     if (divisor) {
-      rows.assign(g.y.output, A(divisor)), columns.assign(g.x.output, A(1));
+      rows.assign(g.y.output, A(1) / A(divisor)), columns.assign(g.x.output, A(1));
     } else {
-      rows = lengths<A>(g.y, include_padding), columns = lengths<A>(g.x, include_padding);
+      rows = shares<A>(g.y, include_padding), columns = shares<A>(g.x, include_padding);
     }
   }
 };
 
-PoolGeometry geometry(const Window& window, int64_t height, int64_t width) {
-  const PoolGeometry g = pool_geometry(window, height, width);
-  STD_TORCH_CHECK(g.y.dilation == 1 && g.x.dilation == 1, "window: expected no dilation");
-  return g;
-}
-
-Tensor avg_pool2d_cpu(const Tensor& input_any, const Window window, bool ceil_mode, bool count_include_pad,
-                      int64_t divisor) {
+Tensor avg_pool2d_cpu(const Tensor& input_any, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+                      int64_t padding_h, int64_t padding_w, bool ceil_mode, bool count_include_pad, int64_t divisor) {
+  constexpr int64_t dilation_h = 1, dilation_w = 1;
   STD_TORCH_CHECK(input_any.dim() == 4, "input: expected shape [N, C, H, W]");
   const MemoryFormat format = memory_format(input_any);
   const Tensor input = with_vectors(input_any, format);
-  PoolGeometry g = geometry(window, input.size(2), input.size(3));
+  PoolGeometry g = pool_geometry(FASTCV_WINDOW, input.size(2), input.size(3));
   g.y.output = pooled_size(g.y, ceil_mode), g.x.output = pooled_size(g.x, ceil_mode);
   const int64_t images = input.size(0), channels = input.size(1);
   Tensor output = empty_cpu({images, channels, g.y.output, g.x.output}, input.scalar_type(), format);
@@ -67,10 +62,12 @@ Tensor avg_pool2d_cpu(const Tensor& input_any, const Window window, bool ceil_mo
   return output;
 }
 
-Tensor avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, int64_t width, const Window window,
-                               bool count_include_pad, int64_t divisor) {
+Tensor avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, int64_t width, int64_t kernel_h,
+                               int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t padding_h,
+                               int64_t padding_w, bool count_include_pad, int64_t divisor) {
+  constexpr int64_t dilation_h = 1, dilation_w = 1;
   STD_TORCH_CHECK(grad_any.dim() == 4, "grad: expected shape [N, C, OH, OW]");
-  PoolGeometry g = geometry(window, height, width);
+  PoolGeometry g = pool_geometry(FASTCV_WINDOW, height, width);
   g.y.output = grad_any.size(2), g.x.output = grad_any.size(3);
   for (const PoolAxis* a : {&g.y, &g.x})
     STD_TORCH_CHECK(a->output == pooled_size(*a, false) || a->output == pooled_size(*a, true), "grad: expected ",

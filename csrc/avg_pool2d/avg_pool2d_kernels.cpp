@@ -1,4 +1,5 @@
-// The loops of average pooling: sums of windows, divided by how many elements count.
+// The loops of average pooling: sums of windows over how many elements count, by products with reciprocals: a division
+// takes as long as the sum of a 3x3 window.
 //
 // They are those of max pooling with an addition for each tap: a contiguous row a vector of windows at a time, channels-
 // last maps a vector of channels. The gradient of a pixel is the sum over the windows that cover it of their gradient over
@@ -26,7 +27,7 @@ void average_rows(const AvgPool<T>& t, int64_t begin, int64_t end) {
       Vec<Acc<T>> sum{};
       each_tap<S, K>(g, map, t.input.stride_y, rows, oy, ox, Acc<T>(0),
                      [&](int64_t, int64_t, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA { sum += value; });
-      const Vec<Acc<T>> mean = sum / (t.rows[oy] * load_n(t.columns + ox, n));
+      const Vec<Acc<T>> mean = sum * (t.rows[oy] * load_n(t.columns + ox, n));
       T* const to = t.output + task * g.x.output + ox;
       if (n == L)
         store_through(to, mean, t.stream);
@@ -56,12 +57,12 @@ void spread_rows(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
           for (int32_t b = t.beside.begin[r]; b < t.beside.begin[r + 1]; ++b) {
             const int64_t first = o - t.beside.list[b].window;
             if (first >= 0 && first + L <= x.output) {
-              sum += load(grad + first) / (t.rows[oy] * load(t.columns + first));
+              sum += load(grad + first) * (t.rows[oy] * load(t.columns + first));
             } else {
               A value[L], size[L];
               copy_clipped(grad, x.output, first, L, A(0), value);
-              copy_clipped(t.columns, x.output, first, L, A(1), size);
-              sum += load(value) / (t.rows[oy] * load(size));
+              copy_clipped(t.columns, x.output, first, L, A(0), size);
+              sum += load(value) * (t.rows[oy] * load(size));
             }
           }
         }
@@ -98,7 +99,7 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
       const TapRange columns = taps_inside(g.x, ox);
       const T* const window = in.data + image * in.stride_n + g.y.start(oy) * in.stride_y + g.x.start(ox) * in.stride_x;
       T* const to = t.output + (task * g.x.output + ox) * in.channels;
-      const Acc<T> size = t.rows[oy] * t.columns[ox];
+      const Acc<T> share = t.rows[oy] * t.columns[ox];
       each_channel_block<Acc<T>>(in.channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
         Vec<Acc<T>> sum[V];
@@ -110,9 +111,9 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
           }
         for (int v = 0; v < V; ++v) {
           if (n == L)
-            store_through(to + c + v * L, sum[v] / size, t.stream);
+            store_through(to + c + v * L, sum[v] * share, t.stream);
           else
-            store_first(to + c + v * L, sum[v] / size, n);
+            store_first(to + c + v * L, sum[v] * share, n);
         }
       });
     }
@@ -142,8 +143,8 @@ void avg_pool2d_backward_channels_last(const AvgPoolBackward<T>& t, int64_t begi
           for (int32_t b = t.beside.begin[px]; b < t.beside.begin[px + 1]; ++b) {
             const int64_t oy = t.above.list[a].window, ox = t.beside.list[b].window;
             const T* const grad = t.grad + ((image * y.output + oy) * x.output + ox) * t.channels + c;
-            const A size = t.rows[oy] * t.columns[ox];
-            for (int v = 0; v < V; ++v) sum[v] += load_n(grad + v * L, n) / size;
+            const A share = t.rows[oy] * t.columns[ox];
+            for (int v = 0; v < V; ++v) sum[v] += load_n(grad + v * L, n) * share;
           }
         for (int v = 0; v < V; ++v) {
           if (n == L)

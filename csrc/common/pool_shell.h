@@ -4,17 +4,25 @@
 #include "pool_window.h"
 #include "stable.h"
 
+#include <array>
+
 namespace fastcv {
 
 // Kernel, stride, padding and dilation, each for rows and columns, as the schemas have them.
-using Window = std::vector<int64_t>;
+using Window = std::array<int64_t, 8>;
+
+// One by one: a list in a schema costs as much time as the rest of a small call.
+#define FASTCV_WINDOW_PARAMETERS                                                                                    \
+  int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,    \
+      int64_t dilation_h, int64_t dilation_w
+#define FASTCV_WINDOW \
+  { kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w }
 
 inline PoolAxis pool_axis(const Window& w, int d, int64_t input) { return {input, 0, w[d], w[2 + d], w[4 + d], w[6 + d]}; }
 
 // Without output sizes. Kernels count in 32 bits.
 inline PoolGeometry pool_geometry(const Window& window, int64_t height, int64_t width) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(window.size() == 8, "window: expected kernel, stride, padding and dilation for rows and columns");
   STD_TORCH_CHECK(height > 0 && width > 0 && height <= kMost / width,
                   "input: expected 1 to 2^31 - 1 pixels per channel, got ", height, " x ", width);
   const PoolGeometry g{pool_axis(window, 0, height), pool_axis(window, 1, width)};

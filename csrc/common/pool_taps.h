@@ -118,12 +118,15 @@ FASTCV_INLINE Vec<Acc<T>> load_strided(const T* p, int64_t stride) {
 }
 
 // copy[i] = row[start + i] for i < count, `outside` where that is not in [0, size).
+// Writes whole vectors, up to one behind the last.
 template <class T, class A>
 FASTCV_INLINE void copy_clipped(const T* row, int64_t size, int64_t start, int64_t count, A outside, A* copy) {
+  constexpr int L = kLanes<A>;
   const int64_t first = least(count, most(0, -start)), last = most(first, least(count, size - start));
-  for (int64_t i = 0; i < first; ++i) copy[i] = outside;
-  for (int64_t i = first; i < last; ++i) copy[i] = to_accumulate(row[start + i]);
-  for (int64_t i = last; i < count; ++i) copy[i] = outside;
+  for (int64_t i = 0; i < count; i += L) store(copy + i, broadcast(outside));
+  int64_t i = first;
+  for (; i + L <= last; i += L) store(copy + i, load(row + start + i));
+  if (i < last) store_first(copy + i, load_first(row + start + i, int(last - i)), int(last - i));
 }
 
 // f(i, j, values) for rows i of the taps of windows side by side, the first of which starts at `window`. K is the number of
@@ -152,10 +155,11 @@ constexpr int64_t kCopiedTaps = 4096;  // of a block of windows at the end of a 
 template <class T>
 __attribute__((noinline)) int64_t copy_block(const PoolGeometry& g, const T* plane, int64_t stride_y, TapRange rows,
                                              int64_t oy, int64_t x0, Acc<T> outside, Acc<T>* copy) {
-  const int64_t width = (g.x.kernel - 1) * g.x.dilation + (kLanes<Acc<T>> - 1) * g.x.stride + 1;
+  constexpr int64_t L = kLanes<Acc<T>>;
+  const int64_t width = (g.x.kernel - 1) * g.x.dilation + (L - 1) * g.x.stride + 1, pitch = (width + L - 1) / L * L;
   for (int64_t i = rows.first; i < rows.last; ++i)
-    copy_clipped(plane + (g.y.start(oy) + i * g.y.dilation) * stride_y, g.x.input, x0, width, outside, copy + i * width);
-  return width;
+    copy_clipped(plane + (g.y.start(oy) + i * g.y.dilation) * stride_y, g.x.input, x0, width, outside, copy + i * pitch);
+  return pitch;
 }
 
 // f(i, j, values) for the taps of windows ox, ox + 1, ... of one output row, a lane for each; lanes whose tap lies left
@@ -167,7 +171,7 @@ FASTCV_INLINE void each_tap(const PoolGeometry& g, const T* plane, int64_t strid
   const int64_t x0 = x.start(ox), reach = (x.kernel - 1) * x.dilation + (kLanes<Acc<T>> - 1) * x.stride + 1;
   if (__builtin_expect(x0 >= 0 && x0 + reach <= x.input, 1)) {
     each_tap_of<S, K>(plane + g.y.start(oy) * stride_y + x0, g.y.dilation * stride_y, rows, x, f);
-  } else if (rows.last * reach <= kCopiedTaps) {
+  } else if (rows.last * (reach + kLanes<Acc<T>>) <= kCopiedTaps) {
     Acc<T> copy[kCopiedTaps];
     const int64_t width = copy_block(g, plane, stride_y, rows, oy, x0, outside, copy);
     each_tap_of<S, K>(copy, width, rows, x, f);
@@ -241,6 +245,8 @@ FASTCV_INLINE void store_phases(const Vec<Acc<T>>* phases, T* row, int64_t x, in
   for (int s = 0; s < S; ++s, x += L) {
     if (x >= 0 && x + L <= width) {
       store_through(row + x, pieces[s], stream);
+    } else if (x >= 0) {
+      if (x < width) store_first(row + x, pieces[s], int(width - x));
     } else {
       T copy[L];
       store(copy, pieces[s]);
@@ -323,9 +329,9 @@ FASTCV_INLINE void store_indices(int64_t* to, Vec<int32_t> v, int n) {
 template <class P>
 FASTCV_INLINE Vec<P> load_indices(const uint8_t* from, int n) {
   if (n == kLanes<P>) return widen_bytes<P>(from);
-  Vec<P> v = Vec<P>{} - 1;
-  for (int l = 0; l < n; ++l) v[l] = from[l];
-  return v;
+  uint8_t bytes[kLanes<P>];
+  memcpy(bytes, from, size_t(n));
+  return iota<P>() < P(n) ? widen_bytes<P>(bytes) : Vec<P>{} - 1;
 }
 template <class P>
 FASTCV_INLINE Vec<P> load_indices(const int64_t* from, int n) {

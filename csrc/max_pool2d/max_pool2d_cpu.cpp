@@ -17,8 +17,9 @@ void check_windows(const PoolAxis& a) {
   }
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_cpu(const Tensor& input_any, const Window window, bool ceil_mode,
+std::tuple<Tensor, Tensor> max_pool2d_cpu(const Tensor& input_any, FASTCV_WINDOW_PARAMETERS, bool ceil_mode,
                                           int64_t index_bytes) {
+  const Window window FASTCV_WINDOW;
   STD_TORCH_CHECK(input_any.dim() == 4, "input: expected shape [N, C, H, W]");
   STD_TORCH_CHECK(index_bytes == 0 || index_bytes == 1 || index_bytes == 8, "index_bytes: expected 0, 1 or 8, got ", index_bytes);
   const MemoryFormat format = memory_format(input_any);
@@ -162,13 +163,15 @@ Tensor between(const Tensor& from_any, const Tensor& indices_any, int64_t height
   return to;
 }
 
-Tensor max_unpool2d_cpu(const Tensor& input, const Tensor& indices, int64_t height, int64_t width, const Window window,
-                        bool sum) {
-  const bool anywhere = indices.scalar_type() == ScalarType::Long && window.size() == 8 && window[0] == 1 && window[1] == 1;
+Tensor max_unpool2d_cpu(const Tensor& input, const Tensor& indices, int64_t height, int64_t width,
+                        FASTCV_WINDOW_PARAMETERS, bool sum) {
+  const Window window FASTCV_WINDOW;
+  const bool anywhere = indices.scalar_type() == ScalarType::Long && kernel_h == 1 && kernel_w == 1;
   return between(input, indices, height, width, window, true, sum, [&](const auto& u) { u.scatter(anywhere); });
 }
 
-Tensor max_unpool2d_backward_cpu(const Tensor& grad, const Tensor& indices, const Window window, bool sum) {
+Tensor max_unpool2d_backward_cpu(const Tensor& grad, const Tensor& indices, FASTCV_WINDOW_PARAMETERS, bool sum) {
+  const Window window FASTCV_WINDOW;
   STD_TORCH_CHECK(grad.dim() == 4, "grad: expected shape [N, C, H, W]");
   return between(grad, indices, grad.size(2), grad.size(3), window, false, sum, [](const auto& u) { u.gather(); });
 }

@@ -65,6 +65,10 @@ def register_autograd(name: str, *, setup_context: Callable, backward: Callable,
     """
     op = getattr(torch.ops.fastcv, name).default
     returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
+    # Lists of tensors are flattened, as autograd does not look into them. That takes longer than all the rest.
+    has_lists = any(
+        "List[Tensor]" in str(a.type) or "List[Optional[Tensor]]" in str(a.type) for a in op._schema.arguments
+    )
     defaults = [a.default_value if a.has_default_value() else None for a in op._schema.arguments]
 
     def redispatch(keyset, args):
@@ -73,36 +77,40 @@ def register_autograd(name: str, *, setup_context: Callable, backward: Callable,
 
     # The base of autograd.Function without its handling of torch.func: inside the dispatcher the transform has peeled
     # its level off already, as for any built-in operator. But autograd.Function turns both grad modes off while forward
-    # and jvp run, and the next level, that of an outer transform, needs them as they were. Arguments are flattened
-    # because autograd does not look for tensors inside lists.
+    # and jvp run, and the next level, that of an outer transform, needs them as they were.
+    def unflatten(leaves, spec):
+        return leaves if spec is None else _pytree.tree_unflatten(leaves, spec)
+
     class Derivative(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(call, spec, *leaves):
             keyset, *modes = call
             with _grad_modes(*modes):
-                result = redispatch(keyset, _pytree.tree_unflatten(leaves, spec))
+                result = redispatch(keyset, unflatten(leaves, spec))
             return tuple(result) if returns_list else result
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             (_, *ctx.modes), ctx.spec = inputs[:2]
-            setup_context(ctx, _pytree.tree_unflatten(inputs[2:], ctx.spec), output)
+            setup_context(ctx, unflatten(inputs[2:], ctx.spec), output)
 
         @staticmethod
         def backward(ctx, *grads):
             needs = ctx.needs_input_grad
-            ctx.needs_input_grad = _pytree.tree_unflatten(needs[2:], ctx.spec)
+            ctx.needs_input_grad = unflatten(needs[2:], ctx.spec)
             try:
                 gradients = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
             finally:
                 ctx.needs_input_grad = needs
             gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-            return None, None, *_pytree._broadcast_to_and_flatten(gradients, ctx.spec)
+            if ctx.spec is not None:
+                gradients = _pytree._broadcast_to_and_flatten(gradients, ctx.spec)
+            return None, None, *gradients
 
         @staticmethod
         def jvp(ctx, call, spec, *tangents):
             with _grad_modes(*ctx.modes):
-                result = jvp(_Primals(ctx), *_pytree.tree_unflatten(tangents, ctx.spec))
+                result = jvp(_Primals(ctx), *unflatten(tangents, ctx.spec))
             return tuple(result) if returns_list else result
 
     Derivative.__name__ = Derivative.__qualname__ = f"fastcv_{name}"
@@ -110,7 +118,9 @@ def register_autograd(name: str, *, setup_context: Callable, backward: Callable,
     def autograd_kernel(keyset, *args):
         # Grad mode off and no dual level: the usual case in inference, kept to two cheap tests.
         if needs_derivatives(*args):
-            leaves, spec = _pytree.tree_flatten((*args, *defaults[len(args) :]))
+            leaves, spec = (*args, *defaults[len(args) :]), None
+            if has_lists:
+                leaves, spec = _pytree.tree_flatten(leaves)
             call = keyset, torch.is_grad_enabled(), _C._is_fwd_grad_enabled()
             if _C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():

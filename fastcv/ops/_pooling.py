@@ -20,6 +20,8 @@ def window(
 
     Padding may be half of what the window spans, or with ``reach=False`` half of the kernel.
     """
+    if torch.compiler.is_compiling():  # which looks through a cache, and warns of it
+        return _window.__wrapped__(kernel_size, stride, padding, dilation, reach)
     try:
         return _window(kernel_size, stride, padding, dilation, reach)
     except TypeError:  # lists and symbolic sizes have no hash
@@ -88,9 +90,13 @@ def like(input: Tensor, size: tuple[int, ...], dtype: torch.dtype | None = None)
     return torch.empty(size, dtype=dtype or input.dtype, device=input.device, memory_format=memory_format)
 
 
-def in_format(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
+def is_channels_last(map: Tensor) -> bool:
+    return not map.is_contiguous() and map.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_format(grad: Tensor, channels_last: bool) -> Tensor:
     """A gradient in the memory format that its map had: maps of one pixel do not show it."""
-    if memory_format != torch.channels_last or tuple(grad.shape[2:]) != (1, 1):
+    if not channels_last or tuple(grad.shape[2:]) != (1, 1):
         return grad
     return grad.reshape(grad.shape[0], 1, 1, grad.shape[1]).permute(0, 3, 1, 2)
 

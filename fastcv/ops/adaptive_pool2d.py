@@ -16,7 +16,7 @@ from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import register_autograd
 from ._checks import check_one_of
-from ._pooling import call, check_map, fold_images, in_format, in_onnx_export, like
+from ._pooling import call, check_map, fold_images, in_format, in_onnx_export, is_channels_last, like
 from .max_pool2d import _max_unpool2d, _max_unpool2d_backward
 
 define(
@@ -167,11 +167,11 @@ def _(input, height, width):
 def _setup_sizes(ctx, inputs, output):
     """Of a linear operator and its transpose: the two sizes."""
     ctx.size, ctx.output_size = inputs[0].shape[2:], output.shape[2:]
-    ctx.format = torch._prims_common.suggest_memory_format(inputs[0])
+    ctx.channels_last = is_channels_last(inputs[0])
 
 
 def _backward_of_avg(ctx, grad):
-    return _avg_backward(in_format(grad, ctx.format), *ctx.size), None, None
+    return call(_avg_backward, in_format(grad, ctx.channels_last), *ctx.size), None, None
 
 
 def _jvp_of_avg(ctx, tangent, *_):
@@ -190,7 +190,7 @@ def _setup_max(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.size = inputs[0].shape[2:]
-    ctx.format = torch._prims_common.suggest_memory_format(inputs[0])
+    ctx.channels_last = is_channels_last(inputs[0])
     ctx.save_for_backward(output[1])
     ctx.save_for_forward(output[1])
 
@@ -198,11 +198,15 @@ def _setup_max(ctx, inputs, output):
 def _backward_of_max(ctx, grad, _):
     if grad is None:
         return None, None, None
-    return _max_unpool2d(in_format(grad, ctx.format), *ctx.saved_tensors, *ctx.size, _ANYWHERE, True), None, None
+    return (
+        _max_unpool2d(in_format(grad, ctx.channels_last), *ctx.saved_tensors, *ctx.size, *_ANYWHERE, True),
+        None,
+        None,
+    )
 
 
 def _jvp_of_max(ctx, tangent, *_):
-    return _max_unpool2d_backward(tangent, *ctx.saved_tensors, _ANYWHERE, True), None
+    return _max_unpool2d_backward(tangent, *ctx.saved_tensors, *_ANYWHERE, True), None
 
 
 register_autograd("adaptive_avg_pool2d", setup_context=_setup_sizes, backward=_backward_of_avg, jvp=_jvp_of_avg)

@@ -17,17 +17,19 @@ from ._pooling import (
     fold_images,
     in_format,
     in_onnx_export,
+    is_channels_last,
     like,
     pooled_size,
     window,
 )
 
+_WINDOW = ", ".join(f"SymInt {name}_{axis}" for name in ("kernel", "stride", "padding") for axis in "hw")
 define(
-    "avg_pool2d(Tensor input, SymInt[8] window, bool ceil_mode, bool count_include_pad, int divisor) -> Tensor",
+    f"avg_pool2d(Tensor input, {_WINDOW}, bool ceil_mode, bool count_include_pad, int divisor) -> Tensor",
     reference.avg_pool2d.avg_pool2d,
 )
 define(
-    "avg_pool2d_backward(Tensor grad, SymInt height, SymInt width, SymInt[8] window, bool count_include_pad, "
+    f"avg_pool2d_backward(Tensor grad, SymInt height, SymInt width, {_WINDOW}, bool count_include_pad, "
     "int divisor) -> Tensor",
     reference.avg_pool2d.avg_pool2d_backward,
 )
@@ -70,21 +72,24 @@ def avg_pool2d(
     check_map(input)
     w = window(kernel_size, stride, padding, reach=False)
     check_fits(input, w, ceil_mode)
+    w = w[:6]
     if divisor_override is not None and (type(divisor_override) is not int or divisor_override == 0):
         raise ValueError(f"divisor_override: expected an int other than 0, got {divisor_override!r}")
     if torch.compiler.is_compiling() and in_onnx_export():
-        return F.avg_pool2d(input, w[:2], w[2:4], w[4:6], ceil_mode, count_include_pad, divisor_override)
-    rest = (w, ceil_mode, count_include_pad, divisor_override or 0)
+        return F.avg_pool2d(input, w[:2], w[2:4], w[4:], ceil_mode, count_include_pad, divisor_override)
+    rest = (*w, ceil_mode, count_include_pad, divisor_override or 0)
     return call(_avg_pool2d, input, *rest) if input.dim() == 4 else call(_avg_pool2d, input[None], *rest)[0]
 
 
 @torch.library.register_fake("fastcv::avg_pool2d", lib=LIBRARY)
-def _(input, window, ceil_mode, count_include_pad, divisor):
+def _(input, *rest):
+    *window, ceil_mode, _, _ = rest
+    window += [1, 1]
     return like(input, (*input.shape[:2], *(pooled_size(input.shape[2 + d], d, window, ceil_mode) for d in (0, 1))))
 
 
 @torch.library.register_fake("fastcv::avg_pool2d_backward", lib=LIBRARY)
-def _(grad, height, width, window, count_include_pad, divisor):
+def _(grad, height, width, *rest):
     return like(grad, (*grad.shape[:2], height, width))
 
 
@@ -92,32 +97,34 @@ def _(grad, height, width, window, count_include_pad, divisor):
 
 
 def _setup(ctx, inputs, output):
-    input, ctx.window, ctx.ceil_mode, *ctx.rest = inputs
+    input, *ctx.window, ctx.ceil_mode, ctx.include_pad, ctx.divisor = inputs
     ctx.size = input.shape[2:]
-    ctx.format = torch._prims_common.suggest_memory_format(input)
+    ctx.channels_last = is_channels_last(input)
 
 
 def _backward(ctx, grad):
-    return _avg_pool2d_backward(in_format(grad, ctx.format), *ctx.size, ctx.window, *ctx.rest), *[None] * 4
+    grad = in_format(grad, ctx.channels_last)
+    gradient = call(_avg_pool2d_backward, grad, *ctx.size, *ctx.window, ctx.include_pad, ctx.divisor)
+    return gradient, *[None] * 9
 
 
 def _jvp(ctx, tangent, *_):
-    return _avg_pool2d(tangent, ctx.window, ctx.ceil_mode, *ctx.rest)
+    return _avg_pool2d(tangent, *ctx.window, ctx.ceil_mode, ctx.include_pad, ctx.divisor)
 
 
 def _setup_backward(ctx, inputs, output):
-    grad, ctx.height, ctx.width, ctx.window, *ctx.rest = inputs
+    grad, ctx.height, ctx.width, *ctx.window, ctx.include_pad, ctx.divisor = inputs
     size = (ctx.height, ctx.width)
-    floor = [pooled_size(size[d], d, ctx.window, False) for d in (0, 1)]
+    floor = [pooled_size(size[d], d, [*ctx.window, 1, 1], False) for d in (0, 1)]
     ctx.ceil_mode = floor != list(grad.shape[2:])
 
 
 def _backward_of_backward(ctx, grad):
-    return _avg_pool2d(grad, ctx.window, ctx.ceil_mode, *ctx.rest), *[None] * 5
+    return _avg_pool2d(grad, *ctx.window, ctx.ceil_mode, ctx.include_pad, ctx.divisor), *[None] * 10
 
 
 def _jvp_of_backward(ctx, tangent, *_):
-    return _avg_pool2d_backward(tangent, ctx.height, ctx.width, ctx.window, *ctx.rest)
+    return _avg_pool2d_backward(tangent, ctx.height, ctx.width, *ctx.window, ctx.include_pad, ctx.divisor)
 
 
 register_autograd("avg_pool2d", setup_context=_setup, backward=_backward, jvp=_jvp)

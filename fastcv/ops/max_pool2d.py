@@ -29,13 +29,14 @@ from ._pooling import (
     fold_images,
     in_format,
     in_onnx_export,
+    is_channels_last,
     like,
     plain,
     pooled_size,
     window,
 )
 
-_WINDOW = "SymInt[8] window"  # kernel, stride, padding, dilation, each for rows and columns
+_WINDOW = ", ".join(f"SymInt {name}_{axis}" for name in ("kernel", "stride", "padding", "dilation") for axis in "hw")
 define(
     f"max_pool2d(Tensor input, {_WINDOW}, bool ceil_mode, int index_bytes) -> (Tensor, Tensor)",
     reference.max_pool2d.max_pool2d,
@@ -139,14 +140,14 @@ def max_pool2d(
     smallest = 1 if compact else 8
     if return_indices:
         index_bytes = 1 if indices == "compact" else 8
-        values, positions = call(_max_pool2d, x, w, ceil_mode, index_bytes)
+        values, positions = call(_max_pool2d, x, *w, ceil_mode, index_bytes)
     elif not plain():
-        values, positions = _max_pool2d(x, w, ceil_mode, smallest if torch.is_grad_enabled() else 0)
+        values, positions = _max_pool2d(x, *w, ceil_mode, smallest if torch.is_grad_enabled() else 0)
     elif needs_derivatives(x):
-        values, positions = _max_pool2d(x, w, ceil_mode, smallest)
+        values, positions = _max_pool2d(x, *w, ceil_mode, smallest)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            values, positions = _max_pool2d(x, w, ceil_mode, 0)
+            values, positions = _max_pool2d(x, *w, ceil_mode, 0)
     if input.dim() == 3:
         values, positions = values[0], positions[0] if return_indices else positions
     return _result(values, positions, w, input, return_indices, indices) if return_indices else values
@@ -165,7 +166,8 @@ def _result(values, positions, w, input, return_indices, indices):
 
 
 @torch.library.register_fake("fastcv::max_pool2d", lib=LIBRARY)
-def _(input, window, ceil_mode, index_bytes):
+def _(input, *rest):
+    *window, ceil_mode, index_bytes = rest
     size = (*input.shape[:2], *(pooled_size(input.shape[2 + d], d, window, ceil_mode) for d in (0, 1)))
     if index_bytes == 0:
         return like(input, size), input.new_empty(0, dtype=torch.uint8)
@@ -173,12 +175,12 @@ def _(input, window, ceil_mode, index_bytes):
 
 
 @torch.library.register_fake("fastcv::max_unpool2d", lib=LIBRARY)
-def _(input, indices, height, width, window, sum):
+def _(input, indices, height, width, *rest):
     return like(input, (*input.shape[:2], height, width))
 
 
 @torch.library.register_fake("fastcv::max_unpool2d_backward", lib=LIBRARY)
-def _(grad, indices, window, sum):
+def _(grad, indices, *rest):
     return like(grad, tuple(indices.shape))
 
 
@@ -186,11 +188,11 @@ def _(grad, indices, window, sum):
 
 
 def _setup_pool(ctx, inputs, output):
-    input, ctx.window, ctx.ceil_mode, ctx.index_bytes = inputs
+    input, *ctx.window, ctx.ceil_mode, ctx.index_bytes = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.size = input.shape[2:]
-    ctx.format = torch._prims_common.suggest_memory_format(input)
+    ctx.channels_last = is_channels_last(input)
     kept = output[1] if ctx.index_bytes else input  # without indices they are found again
     ctx.save_for_backward(kept)
     ctx.save_for_forward(kept)
@@ -201,46 +203,47 @@ def _positions(ctx):
     if ctx.index_bytes:
         return kept
     smallest = 1 if ctx.window[0] * ctx.window[1] <= _MOST_COMPACT else 8
-    return _max_pool2d(kept.detach(), ctx.window, ctx.ceil_mode, smallest)[1]
+    return _max_pool2d(kept.detach(), *ctx.window, ctx.ceil_mode, smallest)[1]
 
 
 def _backward_of_pool(ctx, grad, _):
     if grad is None:
-        return None, None, None, None
-    return _max_unpool2d(in_format(grad, ctx.format), _positions(ctx), *ctx.size, ctx.window, True), None, None, None
+        return (None,) * 11
+    gradient = call(_max_unpool2d, in_format(grad, ctx.channels_last), _positions(ctx), *ctx.size, *ctx.window, True)
+    return gradient, *[None] * 10
 
 
 def _jvp_of_pool(ctx, tangent, *_):
-    return _max_unpool2d_backward(tangent, _positions(ctx), ctx.window, True), None
+    return _max_unpool2d_backward(tangent, _positions(ctx), *ctx.window, True), None
 
 
 def _setup_unpool(ctx, inputs, output):
-    _, indices, ctx.height, ctx.width, ctx.window, ctx.sum = inputs
+    _, indices, ctx.height, ctx.width, *ctx.window, ctx.sum = inputs
     ctx.save_for_backward(indices)
     ctx.save_for_forward(indices)
 
 
 def _backward_of_unpool(ctx, grad):
-    return _max_unpool2d_backward(grad, *ctx.saved_tensors, ctx.window, ctx.sum), *[None] * 5
+    return call(_max_unpool2d_backward, grad, *ctx.saved_tensors, *ctx.window, ctx.sum), *[None] * 12
 
 
 def _jvp_of_unpool(ctx, tangent, *_):
-    return _max_unpool2d(tangent, *ctx.saved_tensors, ctx.height, ctx.width, ctx.window, ctx.sum)
+    return _max_unpool2d(tangent, *ctx.saved_tensors, ctx.height, ctx.width, *ctx.window, ctx.sum)
 
 
 def _setup_gather(ctx, inputs, output):
-    grad, indices, ctx.window, ctx.sum = inputs
+    grad, indices, *ctx.window, ctx.sum = inputs
     ctx.size = grad.shape[2:]
     ctx.save_for_backward(indices)
     ctx.save_for_forward(indices)
 
 
 def _backward_of_gather(ctx, grad):
-    return _max_unpool2d(grad, *ctx.saved_tensors, *ctx.size, ctx.window, ctx.sum), None, None, None
+    return _max_unpool2d(grad, *ctx.saved_tensors, *ctx.size, *ctx.window, ctx.sum), *[None] * 10
 
 
 def _jvp_of_gather(ctx, tangent, *_):
-    return _max_unpool2d_backward(tangent, *ctx.saved_tensors, ctx.window, ctx.sum)
+    return _max_unpool2d_backward(tangent, *ctx.saved_tensors, *ctx.window, ctx.sum)
 
 
 register_autograd("max_pool2d", setup_context=_setup_pool, backward=_backward_of_pool, jvp=_jvp_of_pool)

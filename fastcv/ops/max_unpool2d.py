@@ -75,8 +75,8 @@ def max_unpool2d(
     if torch.compiler.is_compiling() and in_onnx_export():
         return _of_scatter(input, positions, size, w)
     if input.dim() == 4:
-        return call(_max_unpool2d, input, positions, *size, w, False)
-    return call(_max_unpool2d, input[None], positions[None], *size, w, False)[0]
+        return call(_max_unpool2d, input, positions, *size, *w, False)
+    return call(_max_unpool2d, input[None], positions[None], *size, *w, False)[0]
 
 
 def _agreed(indices: PooledIndices, kernel_size, stride, padding, output_size) -> list[int]:

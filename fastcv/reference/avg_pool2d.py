@@ -1,4 +1,5 @@
-"""Average pooling in plain PyTorch: the specification of ``csrc/avg_pool2d``. ``window`` as in ``max_pool2d``."""
+"""Average pooling in plain PyTorch: the specification of ``csrc/avg_pool2d``. ``window`` is kernel, stride
+and padding, each for rows and columns."""
 
 from __future__ import annotations
 
@@ -29,8 +30,12 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def avg_pool2d(input: Tensor, window: list[int], ceil_mode: bool, count_include_pad: bool, divisor: int) -> Tensor:
+def avg_pool2d(input: Tensor, *rest) -> Tensor:
+    """``rest``: the window's numbers, ceil_mode, count_include_pad, divisor (0: the size of the window)."""
     from ..ops._pooling import pooled_size
+
+    *window, ceil_mode, count_include_pad, divisor = rest
+    window += [1, 1]
 
     rows, columns = (pooled_size(input.shape[2 + d], d, window, ceil_mode) for d in (0, 1))
     sums = windows_of(_wide(input), window, rows, columns, 0.0)[0].sum(-1)
@@ -39,9 +44,9 @@ def avg_pool2d(input: Tensor, window: list[int], ceil_mode: bool, count_include_
     )
 
 
-def avg_pool2d_backward(
-    grad: Tensor, height: int, width: int, window: list[int], count_include_pad: bool, divisor: int
-) -> Tensor:
+def avg_pool2d_backward(grad: Tensor, height: int, width: int, *rest) -> Tensor:
+    *window, count_include_pad, divisor = rest
+    window += [1, 1]
     rows, columns = grad.shape[2:]
     share = _wide(grad)
     share = share / _divisors(height, width, rows, columns, window, count_include_pad, divisor, share)

@@ -33,8 +33,11 @@ def windows_of(input: Tensor, window: list[int], height: int, width: int, outsid
     return torch.where(inside, taps, outside).flatten(4), inside.flatten(2)
 
 
-def max_pool2d(input: Tensor, window: list[int], ceil_mode: bool, index_bytes: int) -> tuple[Tensor, Tensor]:
+def max_pool2d(input: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """``rest``: the window's numbers, ceil_mode, index_bytes: 0 for no indices, 1 for compact, 8 for flat ones."""
     from ..ops._pooling import pooled_size
+
+    *window, ceil_mode, index_bytes = rest
 
     height, width = (pooled_size(input.shape[2 + d], d, window, ceil_mode) for d in (0, 1))
     taps, inside = windows_of(input, window, height, width, float("-inf"))
@@ -98,7 +101,9 @@ def unpool_flat(input: Tensor, index: Tensor, pixels: int) -> Tensor:
     return torch.where(owners >= 0, values, 0)
 
 
-def max_unpool2d(input: Tensor, indices: Tensor, height: int, width: int, window: list[int], sum: bool) -> Tensor:
+def max_unpool2d(input: Tensor, indices: Tensor, height: int, width: int, *rest) -> Tensor:
+    """``rest``: the window's numbers; whether values that meet are added, or the last one stays."""
+    *window, sum = rest
     index = _checked(indices, window, height, width)
     if sum:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -109,7 +114,8 @@ def max_unpool2d(input: Tensor, indices: Tensor, height: int, width: int, window
     return as_format_of(out.unflatten(2, (height, width)), input)
 
 
-def max_unpool2d_backward(grad: Tensor, indices: Tensor, window: list[int], sum: bool) -> Tensor:
+def max_unpool2d_backward(grad: Tensor, indices: Tensor, *rest) -> Tensor:
+    *window, sum = rest
     index = _checked(indices, window, grad.shape[2], grad.shape[3])
     values = grad.flatten(2).gather(2, index)
     if not sum:

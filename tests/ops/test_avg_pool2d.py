@@ -46,18 +46,18 @@ def test_by_hand():
 def test_reference(case, dtype, memory_format):
     tolerance = 16 * torch.finfo(dtype).eps
     kernel, stride, padding, *rest = case
-    w, divisor = window(kernel, stride, padding), rest[2] or 0
+    w, divisor = window(kernel, stride, padding)[:6], rest[2] or 0
     for shape in SHAPES:
         x = normal(shape, dtype, memory_format)
         out = avg_pool2d(x, *case)
-        oracle = reference.avg_pool2d.avg_pool2d(x.double(), w, rest[0], rest[1], divisor)
+        oracle = reference.avg_pool2d.avg_pool2d(x.double(), *w, rest[0], rest[1], divisor)
         torch.testing.assert_close(out.double(), oracle, rtol=tolerance, atol=tolerance)
         if x.numel():  # torch takes no maps without channels; those have no memory format
             torch.testing.assert_close(oracle, F.avg_pool2d(x.double(), *case))
             assert out.is_contiguous(memory_format=memory_format)
         grad = normal(out.shape, dtype, memory_format, seed=1)
-        gradient = torch.ops.fastcv.avg_pool2d_backward(grad, *shape[2:], w, rest[1], divisor)
-        oracle = reference.avg_pool2d.avg_pool2d_backward(grad.double(), *shape[2:], w, rest[1], divisor)
+        gradient = torch.ops.fastcv.avg_pool2d_backward(grad, *shape[2:], *w, rest[1], divisor)
+        oracle = reference.avg_pool2d.avg_pool2d_backward(grad.double(), *shape[2:], *w, rest[1], divisor)
         torch.testing.assert_close(gradient.double(), oracle, rtol=tolerance, atol=tolerance)
         assert gradient.shape == x.shape
         if x.numel() and out.shape[2:].numel() > 1:  # one pixel has no memory format
@@ -91,10 +91,10 @@ def test_derivatives(case, memory_format):
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_opcheck(memory_format):
     x = normal((2, 3, 7, 8), torch.float64, memory_format).requires_grad_()
-    w = [3, 2, 2, 1, 1, 0, 1, 1]
-    opcheck(torch.ops.fastcv.avg_pool2d, (x, w, True, False, 0))
+    w = [3, 2, 2, 1, 1, 0]
+    opcheck(torch.ops.fastcv.avg_pool2d, (x, *w, True, False, 0))
     grad = torch.randn_like(avg_pool2d(x, (3, 2), (2, 1), (1, 0), True)).detach().requires_grad_()
-    opcheck(torch.ops.fastcv.avg_pool2d_backward, (grad, 7, 8, w, True, 3))
+    opcheck(torch.ops.fastcv.avg_pool2d_backward, (grad, 7, 8, *w, True, 3))
 
 
 def test_compile_and_vmap():
@@ -116,7 +116,7 @@ def test_errors():
     with pytest.raises(ValueError, match="input"):
         avg_pool2d(x, 9)
     with pytest.raises(RuntimeError, match="grad: expected 4"):
-        torch.ops.fastcv.avg_pool2d_backward(x, 8, 8, [2, 2, 2, 2, 0, 0, 1, 1], True, 0)
+        torch.ops.fastcv.avg_pool2d_backward(x, 8, 8, 2, 2, 2, 2, 0, 0, True, 0)
 
 
 def test_layer_has_torchs_arguments():

@@ -75,8 +75,8 @@ def test_reference(shape, index_bytes):
     x = sample(shape, torch.float64)
     for kernel, stride, padding, dilation, ceil_mode in WINDOWS:
         w = fastcv.ops._pooling.window(kernel, stride, padding, dilation)
-        expected = reference.max_pool2d.max_pool2d(x, w, ceil_mode, index_bytes)
-        for value, oracle in zip(torch.ops.fastcv.max_pool2d(x, w, ceil_mode, index_bytes), expected, strict=True):
+        expected = reference.max_pool2d.max_pool2d(x, *w, ceil_mode, index_bytes)
+        for value, oracle in zip(torch.ops.fastcv.max_pool2d(x, *w, ceil_mode, index_bytes), expected, strict=True):
             assert torch.equal(value, oracle) and value.dtype == oracle.dtype
 
 
@@ -120,7 +120,7 @@ def test_derivatives(window, memory_format):
     torch.testing.assert_close(x.grad, y.grad)
     window_numbers = fastcv.ops._pooling.window(*window[:4])
     (without,) = torch.autograd.grad(
-        (torch.ops.fastcv.max_pool2d(x, window_numbers, window[4], 0)[0] * weight).sum(), x
+        (torch.ops.fastcv.max_pool2d(x, *window_numbers, window[4], 0)[0] * weight).sum(), x
     )
     assert torch.equal(without, x.grad)  # finds the positions again
 
@@ -162,7 +162,7 @@ def test_opcheck(memory_format):
     x = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     for index_bytes in (0, 1, 8):
-        opcheck(torch.ops.fastcv.max_pool2d, (x, [3, 2, 2, 1, 1, 0, 1, 1], True, index_bytes))
+        opcheck(torch.ops.fastcv.max_pool2d, (x, 3, 2, 2, 1, 1, 0, 1, 1, True, index_bytes))
 
 
 def test_compile():
@@ -210,6 +210,6 @@ def test_errors():
     with pytest.raises(RuntimeError, match="window 0 has no pixel"):
         max_pool2d(torch.zeros(1, 1, 1, 1), 2, padding=2, dilation=3)
     with pytest.raises(RuntimeError, match="index_bytes"):
-        torch.ops.fastcv.max_pool2d(x, [2, 2, 2, 2, 0, 0, 1, 1], False, 4)
+        torch.ops.fastcv.max_pool2d(x, 2, 2, 2, 2, 0, 0, 1, 1, False, 4)
     with pytest.raises(RuntimeError, match="stride"):
-        torch.ops.fastcv.max_pool2d(x, [2, 2, 0, 2, 0, 0, 1, 1], False, 1)
+        torch.ops.fastcv.max_pool2d(x, 2, 2, 0, 2, 0, 0, 1, 1, False, 1)

@@ -53,14 +53,14 @@ def test_reference(w, dtype, memory_format):
         values = normal(compact.positions.shape, dtype, memory_format, seed=1)
         numbers = window(*w)
         for sum in (False, True):
-            expected = reference.max_pool2d.max_unpool2d(values.double(), compact.flat(), *shape[2:], numbers, sum)
-            gathered = reference.max_pool2d.max_unpool2d_backward(x, compact.flat(), numbers, sum)
+            expected = reference.max_pool2d.max_unpool2d(values.double(), compact.flat(), *shape[2:], *numbers, sum)
+            gathered = reference.max_pool2d.max_unpool2d_backward(x, compact.flat(), *numbers, sum)
             for indices in (compact.positions, compact.flat()):
-                out = torch.ops.fastcv.max_unpool2d(values, indices, *shape[2:], numbers, sum)
+                out = torch.ops.fastcv.max_unpool2d(values, indices, *shape[2:], *numbers, sum)
                 tolerance = 4 * torch.finfo(dtype).eps
                 torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
                 assert out.is_contiguous(memory_format=memory_format)
-                back = torch.ops.fastcv.max_unpool2d_backward(x, indices, numbers, sum)
+                back = torch.ops.fastcv.max_unpool2d_backward(x, indices, *numbers, sum)
                 assert torch.equal(back, gathered) and back.is_contiguous(memory_format=memory_format)
         assert torch.equal(max_unpool2d(values, compact), max_unpool2d(values, compact.flat(), *w, output_size=shape))
 
@@ -74,13 +74,13 @@ def test_indices_anywhere(dtype, memory_format):
     indices = torch.randint(12 * 14, values.shape, generator=generator).contiguous(memory_format=memory_format)
     w = window(2, 2, 0)
     for sum in (False, True):
-        expected = reference.max_pool2d.max_unpool2d(values.double(), indices, 12, 14, w, sum)
-        out = torch.ops.fastcv.max_unpool2d(values, indices, 12, 14, w, sum)
+        expected = reference.max_pool2d.max_unpool2d(values.double(), indices, 12, 14, *w, sum)
+        out = torch.ops.fastcv.max_unpool2d(values, indices, 12, 14, *w, sum)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
         grad = normal(out.shape, dtype, memory_format, seed=2)
         assert torch.equal(
-            torch.ops.fastcv.max_unpool2d_backward(grad, indices, w, sum),
-            reference.max_pool2d.max_unpool2d_backward(grad, indices, w, sum),
+            torch.ops.fastcv.max_unpool2d_backward(grad, indices, *w, sum),
+            reference.max_pool2d.max_unpool2d_backward(grad, indices, *w, sum),
         )
 
 
@@ -136,10 +136,10 @@ def test_opcheck(memory_format):
     values = normal(compact.positions.shape, torch.float64, memory_format).requires_grad_()
     for indices in (compact.positions, compact.flat()):
         for sum in (False, True):
-            opcheck(torch.ops.fastcv.max_unpool2d, (values, indices, 7, 8, compact.window, sum))
+            opcheck(torch.ops.fastcv.max_unpool2d, (values, indices, 7, 8, *compact.window, sum))
             opcheck(
                 torch.ops.fastcv.max_unpool2d_backward,
-                (x.clone().requires_grad_(), indices, compact.window, sum),
+                (x.clone().requires_grad_(), indices, *compact.window, sum),
             )
 
 
@@ -179,12 +179,12 @@ def test_errors():
         with pytest.raises(RuntimeError, match=rf"indices: expected 0 to 23, got {bad} at \[0, 1, 0, 1\]"):
             max_unpool2d(values, wrong, 2)
         with pytest.raises(RuntimeError, match=r"\[0, 1, 0, 1\]"):
-            torch.ops.fastcv.max_unpool2d_backward(x, wrong, window(2, 2, 0), False)
+            torch.ops.fastcv.max_unpool2d_backward(x, wrong, *window(2, 2, 0), False)
     wrong = compact.positions.clone()
     wrong[0, 1, 1, 0] = 4
     for call in (
         lambda: max_unpool2d(values, compact._replace(positions=wrong)),
-        lambda: torch.ops.fastcv.max_unpool2d_backward(x, wrong, window(2, 2, 0), False),
+        lambda: torch.ops.fastcv.max_unpool2d_backward(x, wrong, *window(2, 2, 0), False),
     ):
         with pytest.raises(RuntimeError, match=r"indices: .* got 4 at \[0, 1, 1, 0\]"):
             call()
