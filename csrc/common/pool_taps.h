@@ -331,7 +331,11 @@ FASTCV_INLINE Vec<P> load_indices(const uint8_t* from, int n) {
   if (n == kLanes<P>) return widen_bytes<P>(from);
   uint8_t bytes[kLanes<P>];
   memcpy(bytes, from, size_t(n));
-  return iota<P>() < P(n) ? widen_bytes<P>(bytes) : Vec<P>{} - 1;
+  Vec<P> wide = widen_bytes<P>(bytes);
+#if defined(__AVX512F__)
+  asm("" : "+v"(wide));  // GCC 12 makes conversion and selection one masked instruction, which it fails to write down
+#endif
+  return iota<P>() < P(n) ? wide : Vec<P>{} - 1;
 }
 template <class P>
 FASTCV_INLINE Vec<P> load_indices(const int64_t* from, int n) {
