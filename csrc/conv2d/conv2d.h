@@ -24,7 +24,7 @@ struct Conv2dShape {
   __attribute__((always_inline)) int64_t group_outputs() const { return out_channels / groups; }
 };
 
-enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu };
+enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu, tanh };
 
 // [N, H, W, C], strides in elements; stride_x >= C, and channels are 1 apart.
 template <class T>

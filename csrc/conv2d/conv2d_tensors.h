@@ -31,7 +31,7 @@ inline Tensor with_channels_last(const Tensor& t) {
 }
 
 inline Activation activation_of(const std::string& name) {
-  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu"};
+  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "tanh"};
   for (int i = 0; i < 9; ++i)
     if (name == names[i]) return Activation(i);
   STD_TORCH_CHECK(false, "activation: \"", name, "\" is unknown");

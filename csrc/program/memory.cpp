@@ -56,7 +56,8 @@ class Placement {
     for (size_t i = 0; i < program_.steps.size(); ++i) {
       const Step& step = program_.steps[i];
       nodes_[size_t(step.output)].born = int64_t(i);
-      for (int64_t value : step.inputs) nodes_[size_t(value)].last_use = int64_t(i);
+      for (size_t k = 0; k < step.inputs.size(); ++k)
+        if (step.reads(k)) nodes_[size_t(step.inputs[k])].last_use = int64_t(i);
     }
     for (int64_t value : program_.outputs) {
       nodes_[size_t(value)].is_output = true;

@@ -9,9 +9,9 @@ namespace {
 
 #define FASTCV_STEP(name) StepKernel{#name, FASTCV_PICK(step_##name##_tasks), FASTCV_PICK(step_##name)}
 
-StepKernel step_kernel(Op op) {
+StepKernel step_kernel(Op op, bool indices = false) {
   switch (op) {
-    case Op::max_pool: return FASTCV_STEP(max_pool);
+    case Op::max_pool: return indices ? FASTCV_STEP(max_pool_indices) : FASTCV_STEP(max_pool);
     case Op::avg_pool: return FASTCV_STEP(avg_pool);
     case Op::adaptive_avg_pool: return FASTCV_STEP(adaptive_avg_pool);
     case Op::add: return FASTCV_STEP(add);
@@ -23,6 +23,7 @@ StepKernel step_kernel(Op op) {
     case Op::resize: return FASTCV_STEP(resize);
     case Op::layer_norm: return FASTCV_STEP(layer_norm);
     case Op::prelu: return FASTCV_STEP(prelu);
+    case Op::max_unpool: return FASTCV_STEP(max_unpool);
     default: return FASTCV_STEP(copy);
   }
 }
@@ -98,7 +99,8 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t thre
       planned.weight = program.prepared(step, *planned.transposed, planned.shape);
       plan.scratch = std::max(plan.scratch, planned.transposed->scratch());
     } else {
-      planned.other = step_kernel(program.steps[planned.step].op);
+      const Step& step = program.steps[planned.step];
+      planned.other = step_kernel(step.op, step.op == Op::max_pool && step.params[8]);
     }
     const BoundStep bound = bind_step(program, plan, planned, Pointers{});
     planned.tasks = planned.conv         ? planned.conv->tasks(planned.shape)

@@ -27,7 +27,7 @@ namespace fastcv::program {
 // Numbers are those of fastcv.accelerate._program.OPS.
 enum class Op : int64_t {
   conv,               // input, [residual]; weight, [bias], [scale of outputs], [scale, shift of inputs]
-  max_pool,           // input
+  max_pool,           // input; with indices these are bytes behind the channels of each pixel
   avg_pool,           // input
   adaptive_avg_pool,  // input
   add,                // two inputs of one size, or the second of one pixel
@@ -42,6 +42,7 @@ enum class Op : int64_t {
   layer_norm,         // input; scale, shift, over the channels of each pixel
   prelu,              // input; slope of each channel
   conv_transpose,     // input, [residual]; weight, [bias], [scale of outputs]
+  max_unpool,         // input, indices, what was pooled, [like]; of the last two only the size is read
 };
 
 struct Step {
@@ -53,6 +54,8 @@ struct Step {
 
   double real(size_t i) const;
   const float* weight(const struct Program& program, size_t i) const;  // null: none
+  // Whether input i is read, and not just asked for its size.
+  bool reads(size_t i) const { return !(op == Op::resize && i == 1) && !(op == Op::max_unpool && i >= 2); }
 };
 
 struct Weight {

@@ -110,7 +110,14 @@ struct Arity {
 };
 const Arity kArity[] = {{1, 2, 9, 5},  {1, 1, 10, 0}, {1, 1, 10, 0},   {1, 1, 2, 0}, {2, 2, 2, 0}, {2, 2, 2, 0}, {1, 1, 2, 0},
                         {1, 1, 2, 2}, {1, 1 << 20, 0, 0}, {2, 2, 0, 0}, {1, 1, 2, 0}, {1, 1, 0, 0}, {1, 2, 7, 0}, {1, 1, 1, 2}, {1, 1, 0, 1},
-                        {1, 2, 11, 3}};
+                        {1, 2, 11, 3}, {3, 4, 4, 0}};
+
+// Of windows side by side, whose pixels a byte can count.
+bool has_byte_indices(const Step& step) {
+  const auto& p = step.params;
+  return p[0] == p[2] && p[1] == p[3] && p[4] == 0 && p[5] == 0 && p[6] == 1 && p[7] == 1 && p[0] < 256 && p[1] < 256 &&
+         p[0] * p[1] <= 256;
+}
 
 void check_step(const Program& program, const Step& step) {
   const Arity& a = kArity[size_t(step.op)];
@@ -154,6 +161,10 @@ void check_step(const Program& program, const Step& step) {
     for (size_t i : {0, 1, 2, 3, 6, 7}) STD_TORCH_CHECK(step.params[i] > 0, "code: kernel, stride or dilation of pooling");
     for (size_t i : {0, 1})
       STD_TORCH_CHECK(step.params[4 + i] >= 0 && 2 * step.params[4 + i] <= step.params[i], "code: padding of pooling");
+    STD_TORCH_CHECK(step.op == Op::avg_pool || !step.params[8] || has_byte_indices(step), "code: pooling with indices");
+  } else if (step.op == Op::max_unpool) {
+    for (int64_t n : step.params) STD_TORCH_CHECK(n >= 0, "code: sizes of unpooling");
+    STD_TORCH_CHECK(step.params[0] > 0 && step.params[1] > 0, "code: kernel of unpooling");
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // Params of steps:
 //     conv                                  stride (2), padding (2), dilation (2), groups, activation, slope
-//     max_pool, avg_pool                    kernel (2), stride (2), padding (2), dilation (2), count_include_pad, ceil_mode
+//     max_pool                              kernel (2), stride (2), padding (2), dilation (2), with indices, ceil_mode
+//     avg_pool                              kernel (2), stride (2), padding (2), dilation (2), count_include_pad, ceil_mode
 //     adaptive_avg_pool                     output height and width, 0: the input's
 //     add, mul, activate, affine            activation, slope
 //     slice                                 first channel, number of channels
@@ -10,6 +11,8 @@
 //                                           width, factors (2)
 //     layer_norm                            epsilon
 //     conv_transpose                        stride (2), padding (2), output padding (2), dilation (2), groups, activation, slope
+//     max_unpool                            kernel (2), which is the stride too; the output as it was asked for: height and
+//                                           width, or 0: as many windows as there are
 #include <cstring>
 
 #include "program.h"
@@ -36,6 +39,25 @@ Extent resized(const Step& step, const Extent& in, const Extent* like) {
   if (step.params[2] == 1) return {in.n, in.c, like->h, like->w};
   if (step.params[2] == 0) return {in.n, in.c, step.params[3], step.params[4]};
   return {in.n, in.c, int64_t(double(in.h) * step.real(5)), int64_t(double(in.w) * step.real(6))};
+}
+
+// Indices of a pixel are bytes, as many as it has channels, and take the place of so many floats.
+int64_t index_channels(int64_t channels) { return (channels + 3) / 4; }
+
+// Indices count the pixels of a window here, and those of a map in torch: they mean the same in a map of the size pooled.
+Extent unpooled(const Step& step, const std::vector<Extent>& extents) {
+  const auto extent = [&](size_t i) { return extents[size_t(step.inputs[i])]; };
+  const Extent in = extent(0), indices = extent(1), from = extent(2);
+  const int64_t kh = step.params[0], kw = step.params[1];
+  const Extent like = step.inputs.size() > 3 ? extent(3) : Extent{0, 0, step.params[2], step.params[3]};
+  const int64_t h = like.h ? like.h : in.h * kh, w = like.w ? like.w : in.w * kw;
+  if (indices.n != in.n || indices.h != in.h || indices.w != in.w || indices.c != index_channels(in.c) || from.n != in.n ||
+      from.c != in.c || (from.h + kh - 1) / kh < in.h || (from.w + kw - 1) / kw < in.w)
+    fail("unpooling " + text(in) + " with indices of other maps");
+  if (h != from.h || w != from.w)
+    fail("unpooling to " + std::to_string(h) + "x" + std::to_string(w) + " what was pooled from " + std::to_string(from.h) +
+         "x" + std::to_string(from.w) + ": give its size as output_size");
+  return from;
 }
 
 }  // namespace
@@ -102,7 +124,11 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
       return out;
     }
     case Op::max_pool:
-    case Op::avg_pool: return {in.n, in.c, pooled(in.h, step.params, 0), pooled(in.w, step.params, 1)};
+    case Op::avg_pool: {
+      const int64_t indices = step.op == Op::max_pool && step.params[8] ? index_channels(in.c) : 0;
+      return {in.n, in.c + indices, pooled(in.h, step.params, 0), pooled(in.w, step.params, 1)};
+    }
+    case Op::max_unpool: return unpooled(step, extents);
     case Op::adaptive_avg_pool:
       return {in.n, in.c, step.params[0] ? step.params[0] : in.h, step.params[1] ? step.params[1] : in.w};
     case Op::add:

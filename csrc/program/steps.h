@@ -37,6 +37,7 @@ struct StepKernel {
 
 FASTCV_EACH_ISA(
     FASTCV_STEP_KERNEL(max_pool)
+    FASTCV_STEP_KERNEL(max_pool_indices)
     FASTCV_STEP_KERNEL(avg_pool)
     FASTCV_STEP_KERNEL(adaptive_avg_pool)
     FASTCV_STEP_KERNEL(add)
@@ -48,4 +49,5 @@ FASTCV_EACH_ISA(
     FASTCV_STEP_KERNEL(flatten)
     FASTCV_STEP_KERNEL(resize)
     FASTCV_STEP_KERNEL(layer_norm)
-    FASTCV_STEP_KERNEL(prelu))
+    FASTCV_STEP_KERNEL(prelu)
+    FASTCV_STEP_KERNEL(max_unpool))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ._lower import CALLS, Grouped, Lowering, Unsupported, Value, handles
+from .. import ops
+from ._lower import CALLS, OPERATORS, Grouped, Indices, Lowering, Unsupported, Value, handles
 from ._modules import has_hooks, is_norm, is_plain_conv, is_plain_transposed
 from ._steps import Affine, Ref, ref
 
@@ -139,6 +140,7 @@ ACTIVATIONS = {
     "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid),
     "sigmoid": (nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid"),
     "gelu": (nn.GELU, F.gelu),
+    "tanh": (nn.Tanh, F.tanh, torch.tanh, "tanh"),
 }
 _NAMES = {target: name for name, targets in ACTIVATIONS.items() for target in targets}
 
@@ -228,21 +230,50 @@ _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "retur
 _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 
-@handles(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d)
-def max_pool2d(to: Lowering, node: fx.Node) -> Value:
-    x, *options = _layer_arguments(to, node, _MAX_POOL)
-    kernel, stride, padding, dilation, ceil_mode, indices = options
-    if indices:
+@handles(nn.MaxPool2d, F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
+def max_pool2d(to: Lowering, node: fx.Node) -> Value | tuple[Value, Indices]:
+    x, kernel, stride, padding, dilation, ceil_mode, indices = _layer_arguments(to, node, _MAX_POOL)
+    indices = bool(indices) or node.target is F.max_pool2d_with_indices
+    kernel, stride = _two(kernel), _two(stride or kernel)
+    padding, dilation = _two(padding or 0), _two(dilation or 1)
+    params = (*kernel, *stride, *padding, *dilation, int(indices), int(bool(ceil_mode)))
+    if not indices:
+        return to.step("max_pool", [to.map(x)], 4, params)
+    side_by_side = kernel == stride and padding == (0, 0) and dilation == (1, 1) and kernel[0] * kernel[1] <= 256
+    if not (to.with_indices and side_by_side) or any(user.target is not operator.getitem for user in node.users):
         raise Unsupported
-    params = (
-        *_two(kernel),
-        *_two(stride or kernel),
-        *_two(padding or 0),
-        *_two(dilation or 1),
-        0,
-        int(bool(ceil_mode)),
-    )
-    return to.step("max_pool", [to.map(x)], 4, params)
+    pooled, channels = to.map(x), to.shape(x)[1]
+    both = to.step("max_pool", [pooled], 4, params)
+    values = to.step("slice", [both], 4, (0, channels))
+    return values, Indices(to.step("slice", [both], 4, (channels, -(-channels // 4))), pooled, kernel)
+
+
+_MAX_UNPOOL = ("kernel_size", "stride", "padding")
+
+
+@handles(nn.MaxUnpool2d, F.max_unpool2d)
+def max_unpool2d(to: Lowering, node: fx.Node) -> Value:
+    if node.op == "call_module":
+        layer = to.module(node)
+        x, indices, size = _arguments(node, ("input", "indices", "output_size"))
+        kernel, stride, padding = (getattr(layer, name) for name in _MAX_UNPOOL)
+        if has_hooks(layer):
+            raise Unsupported
+    else:
+        x, indices, kernel, stride, padding, size = _arguments(node, ("input", "indices", *_MAX_UNPOOL, "output_size"))
+    held = to.segment.nodes.get(indices)
+    if not isinstance(held, Indices) or _two(stride or kernel) != held.kernel or _two(kernel) != held.kernel:
+        raise Unsupported
+    if _two(padding or 0) != (0, 0):
+        raise Unsupported
+    inputs, params = [to.map(x), held.value, held.pooled], [*held.kernel, 0, 0]
+    if isinstance(size, fx.Node):
+        if not _is_shape(size):
+            raise Unsupported
+        inputs.append(to.map(size.args[0]))
+    elif size is not None:
+        params[2:] = _two(tuple(size)[-2:])
+    return to.step("max_unpool", inputs, 4, params)
 
 
 @handles(nn.AvgPool2d, F.avg_pool2d)
@@ -335,7 +366,7 @@ def chunk(to: Lowering, node: fx.Node) -> tuple[Value, ...]:
 
 
 @handles(operator.getitem)
-def getitem(to: Lowering, node: fx.Node) -> Value:
+def getitem(to: Lowering, node: fx.Node) -> Value | Indices:
     source, index = node.args
     pieces = to.segment.nodes.get(source)
     if not isinstance(pieces, tuple) or type(index) is not int:
@@ -431,6 +462,8 @@ def add_torchvision() -> None:
 
 
 CALLS[nn.BatchNorm2d] = norm
+OPERATORS[F.local_response_norm] = ops.local_response_norm, ()
+OPERATORS[nn.LocalResponseNorm] = ops.local_response_norm, ("size", "alpha", "beta", "k")
 
 # ---- arguments -----------------------------------------------------------------------------------
 

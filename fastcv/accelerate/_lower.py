@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
+from ._modules import has_hooks
 from ._program import Program
 from ._steps import CONVOLUTIONS, Listing, Ref, Step
 
@@ -23,6 +24,10 @@ class Unsupported(Exception):
 
 class Untraceable(Exception):
     """Something for which the whole part must stay as it is."""
+
+
+class IndicesNeeded(Exception):
+    """Indices of max pooling leave their program, where they are bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +52,22 @@ class Grouped:
     exchanged: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Indices:
+    """Of max pooling with windows of ``kernel``, which are side by side, over ``pooled``."""
+
+    value: Value
+    pooled: Value
+    kernel: tuple[int, int]
+
+
 class Segment:
     """A run of nodes that become one program."""
 
     def __init__(self):
         self.listing = Listing()
         self.sources: list[fx.Node] = []  # of the inputs, in the old graph
-        self.nodes: dict[fx.Node, Value | tuple[Value, ...] | Grouped] = {}
+        self.nodes: dict[fx.Node, Held] = {}
 
     def input(self, node: fx.Node) -> Value:
         if node not in self.nodes:
@@ -83,6 +97,8 @@ class Segment:
                 return tuple(move(v) for v in held)
             if isinstance(held, Grouped):
                 return dataclasses.replace(held, value=move(held.value))
+            if isinstance(held, Indices):
+                return dataclasses.replace(held, value=move(held.value), pooled=move(held.pooled))
             return Value(moved(held.id), held.rank)
 
         self.nodes = {node: move(held) for node, held in self.nodes.items()}
@@ -94,8 +110,11 @@ class Segment:
         return output
 
 
-Handler = Callable[["Lowering", fx.Node], "Value | tuple[Value, ...] | Grouped"]
+Held = Value | tuple[Value | Indices, ...] | Grouped | Indices  # what stands for a node in a program
+Handler = Callable[["Lowering", fx.Node], Held]
 CALLS: dict[object, Handler] = {}  # by function, name of a method, or type of a module
+# Calls that programs do not have, to fastcv's operators, each with the names of its options.
+OPERATORS: dict[object, tuple[Callable, tuple[str, ...]]] = {}
 
 
 def handles(*targets) -> Callable[[Handler], Handler]:
@@ -109,13 +128,13 @@ def handles(*targets) -> Callable[[Handler], Handler]:
 class Lowering:
     """One graph on its way."""
 
-    def __init__(self, root: fx.GraphModule, parameters: dict[fx.Node, Ref], precision: str):
+    def __init__(self, root: fx.GraphModule, parameters: dict[fx.Node, Ref], precision: str, with_indices: bool = True):
         self.root, self.modules = root, dict(root.named_modules())
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}  # from old nodes to new ones
         self.segment = Segment()
         self.programs: list[Program] = []
-        self.parameters, self.precision = parameters, precision
+        self.parameters, self.precision, self.with_indices = parameters, precision, with_indices
 
     # ---- for handlers
 
@@ -179,7 +198,7 @@ class Lowering:
                     self.emit(node)
             elif not self.lower(node):
                 self.close()
-                self.emit(node)
+                self.emit_call(node)
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph)
 
@@ -191,7 +210,8 @@ class Lowering:
         if node.op == "call_module":
             target = type(self.module(node)) if node.target in self.modules else None
         handler = CALLS.get(target)
-        if handler is None or node.meta.get("dtype") not in (torch.float32, None):
+        floats = node.meta.get("dtype") in (torch.float32, None) or target is operator.getitem
+        if handler is None or not floats:
             return False
         mark = len(self.segment.listing.steps), self.segment.listing.values
         try:
@@ -249,10 +269,25 @@ class Lowering:
             self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
         return self.env[node]
 
+    def emit_call(self, node: fx.Node) -> None:
+        """A call that programs do not have: of fastcv's operator where there is one, or as it was."""
+        module = self.modules.get(node.target) if node.op == "call_module" else None
+        operator, names = OPERATORS.get(node.target if module is None else type(module), (None, ()))
+        if operator is None or (module is not None and has_hooks(module)):
+            self.emit(node)
+            return
+        for argument in node.all_input_nodes:
+            self.emit(argument)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        options = () if module is None else tuple(getattr(module, name) for name in names)
+        self.env[node] = self.graph.call_function(operator, (*args, *options), kwargs)
+
     def close(self) -> None:
         """End the segment: its program, and nodes for what is read outside."""
         segment, self.segment = self.segment, Segment()
         exported = [n for n in segment.nodes if n not in segment.sources and self.needed_outside(n, segment)]
+        if any(isinstance(segment.nodes[n], Indices) for n in exported):
+            raise IndicesNeeded
         if any(not isinstance(segment.nodes[n], Value) for n in exported):
             raise Untraceable("it hands on pieces that are not tensors")
         if not any(step.op in CONVOLUTIONS for step in segment.listing.steps):  # torch is as fast with what remains
@@ -298,5 +333,10 @@ def lower(
     from . import _handlers  # which needs this module
 
     _handlers.add_torchvision()
-    lowering = Lowering(root, parameters or {}, precision)
-    return lowering.run(), lowering.programs
+    for with_indices in (True, False):  # of max pooling, unless they are wanted outside of their programs
+        lowering = Lowering(root, parameters or {}, precision, with_indices)
+        try:
+            return lowering.run(), lowering.programs
+        except IndicesNeeded:
+            continue
+    raise AssertionError("without indices in programs nobody needs them")

@@ -16,6 +16,7 @@ _ACTIVATIONS = {
     nn.Hardswish: "hardswish",
     nn.Hardsigmoid: "hardsigmoid",
     nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
 }
 
 

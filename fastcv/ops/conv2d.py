@@ -74,7 +74,7 @@ def conv2d(
             yourself where they do not change.
         residual: of the output's shape, added before the activation.
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
-            ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
+            ``"hardsigmoid"``, ``"sigmoid"``, ``"gelu"`` or ``"tanh"``.
         negative_slope: of ``"leaky_relu"``.
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"gemv"``, ``"winograd"``,
             ``"winograd_3x3"`` or ``"winograd_2x2"`` (up to 3x3, stride 1), ``"winograd_6x6"`` (3x3, stride 1),
@@ -372,6 +372,8 @@ def slope_of(activation: str, x: Tensor, slope: float) -> Tensor | float:
         return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5))
     if activation == "gelu":
         return torch.special.ndtr(x) + x * (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
+    if activation == "tanh":
+        return 1 - x.tanh().square()
     s = x.sigmoid()
     return s * (1 - s) if activation == "sigmoid" else s * (1 + x * (1 - s))
 

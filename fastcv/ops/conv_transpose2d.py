@@ -73,7 +73,7 @@ def conv_transpose2d(
         stride, padding, output_padding, groups, dilation: as in :func:`torch.nn.functional.conv_transpose2d`.
         residual: of the output's shape, added before the activation.
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
-            ``"hardsigmoid"``, ``"sigmoid"`` or ``"gelu"``.
+            ``"hardsigmoid"``, ``"sigmoid"``, ``"gelu"`` or ``"tanh"``.
         negative_slope: of ``"leaky_relu"``.
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"winograd"``,
             ``"winograd_3x3"`` or ``"winograd_2x2"`` (phases of up to 3x3 taps), ``"grouped"`` (phases 3 wide, groups

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "hardsigmoid": lambda x, slope: F.relu6(x + 3) / 6,  # F.hardsigmoid has no second derivative
     "sigmoid": lambda x, slope: x.sigmoid(),
     "gelu": lambda x, slope: F.gelu(x),
+    "tanh": lambda x, slope: x.tanh(),
 }
 
 
