@@ -1,4 +1,4 @@
-"""``python -m benchmarks.models``: whole models of torchvision on each runtime that is installed.
+"""``python -m benchmarks.models``: whole models on each runtime that is installed.
 
 Every runtime is a process of its own with one model in it; they take turns, a few calls each, so that the machine's
 moods hit all alike. Outputs are compared with torch's before anything is timed. Models have random weights from a fixed
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
+from benchmarks.systems import SYSTEMS
 from fastcv._files import replacing
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,10 +44,13 @@ TOLERANCE = 1e-3  # of the largest output: runtimes may compute in other orders,
 
 
 def build(name: str) -> tuple[torch.nn.Module, torch.Tensor | list[torch.Tensor]]:
-    """A model of torchvision in evaluation mode, and what it is called with."""
+    """A model in evaluation mode, and what it is called with."""
+    torch.manual_seed(0)
+    if name in SYSTEMS:
+        system, shape = SYSTEMS[name]
+        return _with_statistics(system()).eval(), torch.randn(shape)
     import torchvision
 
-    torch.manual_seed(0)
     if name == DETECTOR:
         from fastcv.demo import detector
 
@@ -57,12 +61,16 @@ def build(name: str) -> tuple[torch.nn.Module, torch.Tensor | list[torch.Tensor]
         model = torchvision.models.get_model(name.split()[0], weights=None, weights_backbone=None).backbone
     else:
         model = torchvision.models.get_model(name, weights=None, **options)
+    size = (800, 1088) if name in (BACKBONE, BACKBONE_BF16) else (299, 299) if name == "inception_v3" else (224, 224)
+    return _with_statistics(model).eval(), torch.randn(1, 3, *size)
+
+
+def _with_statistics(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if type(module).__name__ in ("BatchNorm2d", "FrozenBatchNorm2d"):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    size = (800, 1088) if name in (BACKBONE, BACKBONE_BF16) else (299, 299) if name == "inception_v3" else (224, 224)
-    return model.eval(), torch.randn(1, 3, *size)
+    return model
 
 
 # ---- runtimes: each returns a function without arguments that gives the outputs as a list of arrays ------------------
@@ -295,7 +303,7 @@ def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
     axes.set_xlabel("times as fast as torch, batch 1; float32 but where bfloat16 is said", fontsize=8)
     axes.set_title(f"{environment['processor']}, {environment['threads']} threads", fontsize=8, loc="left")
     axes.legend(fontsize=8, loc="lower right")
-    figure.suptitle("Whole models of torchvision", fontsize=12)
+    figure.suptitle("Whole models", fontsize=12)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -306,7 +314,7 @@ def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
 
 def short_table(rows: list[Row]) -> str:
     """Milliseconds of a few models, for the README."""
-    chosen = ["vgg16", "resnet18", "resnet50", "mobilenet_v2", BACKBONE, BACKBONE_BF16, DETECTOR]
+    chosen = ["vgg16", "resnet18", "resnet50", "mobilenet_v2", *SYSTEMS, BACKBONE, BACKBONE_BF16, DETECTOR]
     runtimes = ["torch", "ONNX Runtime", "OpenVINO", "fastcv"]
     lines = [f"| milliseconds, one image | {' | '.join(runtimes)} |", "|---|" + "---:|" * len(runtimes)]
     for row in rows:
@@ -341,7 +349,9 @@ def save(folder: Path, rows: list[Row], environment: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=None, help="names of torchvision's; default: those of the table")
+    parser.add_argument(
+        "--models", nargs="+", default=None, help="names of the table or of torchvision; default: those of the table"
+    )
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
@@ -360,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [r for r in options.runtimes if not (options.no_compile and r == "torch.compile")]
     runtimes = tuple(dict.fromkeys(("fastcv", "torch", *chosen)))
     rows = []
-    for name in options.models or [*CLASSIFIERS, BACKBONE, BACKBONE_BF16, DETECTOR]:
+    for name in options.models or [*CLASSIFIERS, *SYSTEMS, BACKBONE, BACKBONE_BF16, DETECTOR]:
         rows.append(measure(name, runtimes, options.threads, options.compile_limit))
         times = ", ".join(f"{runtime} {seconds * 1e3:.1f} ms" for runtime, seconds in rows[-1].seconds.items())
         print(f"{name}: {times} {rows[-1].missing or ''}", flush=True)

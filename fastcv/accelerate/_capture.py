@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import math
 import sys
 from threading import RLock
 
@@ -12,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import ops
+from ..nn.conv import ConvNormAct
 from ._lower import Untraceable, lower
 from ._modules import has_hooks, has_work, is_norm
 from ._report import Part, Report
@@ -21,8 +25,19 @@ TOLERANCE = {"default": 1e-4, "highest": 1e-4, "bfloat16": 0.1, "fast": 1e-3}
 
 
 class _Tracer(fx.Tracer):
+    """Layers and operators of fastcv's are calls, as torch's are."""
+
+    def __init__(self):
+        super().__init__(autowrap_modules=(math, ops))
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return has_hooks(module) or is_norm(module) or super().is_leaf_module(module, name)
+        layer = type(module).__module__.startswith("fastcv.nn.") and not isinstance(module, nn.Sequential)
+        return layer or has_hooks(module) or is_norm(module) or super().is_leaf_module(module, name)
+
+    def call_module(self, module: nn.Module, forward, args, kwargs):
+        if type(module) is ConvNormAct:
+            forward = functools.partial(nn.Sequential.forward, module)  # programs have their own way to fuse it
+        return super().call_module(module, forward, args, kwargs)
 
 
 def capture(module: nn.Module, name: str, report: Report, keep_strides: bool, precision: str) -> None:
@@ -238,5 +253,5 @@ def _close_tensors(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return torch.equal(a, b)
     axis = b.dim() - 1 if b.dim() < 3 else 2  # rows of maps
     pieces = [t.split(32, axis) if t.dim() else (t,) for t in (a, b)]
-    limit = max(float(y.abs().nan_to_num().max()) for y in pieces[1]) * tolerance + 1e-30
+    limit = max(float(y.abs().where(y.isfinite(), 0).max()) for y in pieces[1]) * tolerance + 1e-30
     return all(torch.allclose(x, y, rtol=0, atol=limit, equal_nan=True) for x, y in zip(*pieces, strict=True))

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from .. import ops
 from ._lower import CALLS, OPERATORS, Grouped, Indices, Lowering, Unsupported, Value, handles
-from ._modules import has_hooks, is_norm, is_plain_conv, is_plain_transposed
+from ._modules import has_hooks, is_norm, is_plain_conv, is_plain_transposed, kind
 from ._steps import Affine, Ref, ref
 
 # ---- layers with weights -------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def conv_transpose2d(to: Lowering, node: fx.Node) -> Value:
     return _transposed(to, node.args[0], ref(conv, "weight"), ref(conv, "bias"), geometry)
 
 
-@handles(F.conv_transpose2d)
+@handles(F.conv_transpose2d, ops.conv_transpose2d)
 def conv_transpose2d_function(to: Lowering, node: fx.Node) -> Value:
     names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     x, weight, bias, stride, padding, output_padding, groups, dilation = _arguments(node, names)
@@ -64,7 +64,7 @@ def linear(to: Lowering, node: fx.Node) -> Value:
     return to.step("conv", [x], x.rank, (1, 1, 0, 0, 1, 1, 1), weight=ref(layer, "weight"), bias=ref(layer, "bias"))
 
 
-@handles(F.conv2d)
+@handles(F.conv2d, ops.conv2d)
 def conv2d_function(to: Lowering, node: fx.Node) -> Value:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     x, weight, bias, stride, padding, dilation, groups = _arguments(node, names)
@@ -155,7 +155,7 @@ def activation(to: Lowering, node: fx.Node) -> Value:
     target = node.target
     if node.op == "call_module":
         module = to.module(node)
-        target, slope = type(module), getattr(module, "negative_slope", 0.01)
+        target, slope = kind(module), getattr(module, "negative_slope", 0.01)
         if has_hooks(module) or getattr(module, "approximate", "none") != "none":
             raise Unsupported
     elif len(node.args) > 1:
@@ -226,13 +226,13 @@ def _two(value) -> tuple[int, int]:
     return pair
 
 
-_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices", "indices")
 _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 
-@handles(nn.MaxPool2d, F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
+@handles(nn.MaxPool2d, F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d, ops.max_pool2d)
 def max_pool2d(to: Lowering, node: fx.Node) -> Value | tuple[Value, Indices]:
-    x, kernel, stride, padding, dilation, ceil_mode, indices = _layer_arguments(to, node, _MAX_POOL)
+    x, kernel, stride, padding, dilation, ceil_mode, indices, form = _layer_arguments(to, node, _MAX_POOL)
     indices = bool(indices) or node.target is F.max_pool2d_with_indices
     kernel, stride = _two(kernel), _two(stride or kernel)
     padding, dilation = _two(padding or 0), _two(dilation or 1)
@@ -245,13 +245,15 @@ def max_pool2d(to: Lowering, node: fx.Node) -> Value | tuple[Value, Indices]:
     pooled, channels = to.map(x), to.shape(x)[1]
     both = to.step("max_pool", [pooled], 4, params)
     values = to.step("slice", [both], 4, (0, channels))
-    return values, Indices(to.step("slice", [both], 4, (channels, -(-channels // 4))), pooled, kernel)
+    return values, Indices(
+        to.step("slice", [both], 4, (channels, -(-channels // 4))), pooled, kernel, form == "compact"
+    )
 
 
 _MAX_UNPOOL = ("kernel_size", "stride", "padding")
 
 
-@handles(nn.MaxUnpool2d, F.max_unpool2d)
+@handles(nn.MaxUnpool2d, F.max_unpool2d, ops.max_unpool2d)
 def max_unpool2d(to: Lowering, node: fx.Node) -> Value:
     if node.op == "call_module":
         layer = to.module(node)
@@ -262,9 +264,10 @@ def max_unpool2d(to: Lowering, node: fx.Node) -> Value:
     else:
         x, indices, kernel, stride, padding, size = _arguments(node, ("input", "indices", *_MAX_UNPOOL, "output_size"))
     held = to.segment.nodes.get(indices)
-    if not isinstance(held, Indices) or _two(stride or kernel) != held.kernel or _two(kernel) != held.kernel:
+    if not isinstance(held, Indices):
         raise Unsupported
-    if _two(padding or 0) != (0, 0):
+    kernel = held.kernel if kernel is None else _two(kernel)
+    if not kernel == _two(stride or kernel) == held.kernel or _two(padding or 0) != (0, 0):
         raise Unsupported
     inputs, params = [to.map(x), held.value, held.pooled], [*held.kernel, 0, 0]
     if isinstance(size, fx.Node):
@@ -273,10 +276,12 @@ def max_unpool2d(to: Lowering, node: fx.Node) -> Value:
         inputs.append(to.map(size.args[0]))
     elif size is not None:
         params[2:] = _two(tuple(size)[-2:])
+    elif held.compact:
+        inputs.append(held.pooled)
     return to.step("max_unpool", inputs, 4, params)
 
 
-@handles(nn.AvgPool2d, F.avg_pool2d)
+@handles(nn.AvgPool2d, F.avg_pool2d, ops.avg_pool2d)
 def avg_pool2d(to: Lowering, node: fx.Node) -> Value:
     x, kernel, stride, padding, ceil_mode, include, divisor = _layer_arguments(to, node, _AVG_POOL)
     if divisor is not None:
@@ -286,7 +291,7 @@ def avg_pool2d(to: Lowering, node: fx.Node) -> Value:
     return to.step("avg_pool", [to.map(x)], 4, (*sizes, int(include), int(bool(ceil_mode))))
 
 
-@handles(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)
+@handles(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, ops.adaptive_avg_pool2d)
 def adaptive_avg_pool2d(to: Lowering, node: fx.Node) -> Value:
     x, size = _layer_arguments(to, node, ("output_size",))
     size = size if isinstance(size, (tuple, list)) else (size, size)
@@ -305,7 +310,7 @@ def mean(to: Lowering, node: fx.Node) -> Value:
     return pooled if keepdim else to.step("flatten", [pooled], 2)
 
 
-@handles(F.interpolate, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+@handles(F.interpolate, ops.interpolate, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def interpolate(to: Lowering, node: fx.Node) -> Value:
     names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
     x, size, factor, mode, align, recompute, antialias = _layer_arguments(to, node, names)

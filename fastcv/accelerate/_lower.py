@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from ._modules import has_hooks
+from ._modules import has_hooks, kind
 from ._program import Program
 from ._steps import CONVOLUTIONS, Listing, Ref, Step
 
@@ -59,6 +59,7 @@ class Indices:
     value: Value
     pooled: Value
     kernel: tuple[int, int]
+    compact: bool  # fastcv's, which know the size of what was pooled
 
 
 class Segment:
@@ -208,7 +209,7 @@ class Lowering:
     def lower(self, node: fx.Node) -> bool:
         target = node.target
         if node.op == "call_module":
-            target = type(self.module(node)) if node.target in self.modules else None
+            target = kind(self.module(node)) if node.target in self.modules else None
         handler = CALLS.get(target)
         floats = node.meta.get("dtype") in (torch.float32, None) or target is operator.getitem
         if handler is None or not floats:
@@ -272,7 +273,7 @@ class Lowering:
     def emit_call(self, node: fx.Node) -> None:
         """A call that programs do not have: of fastcv's operator where there is one, or as it was."""
         module = self.modules.get(node.target) if node.op == "call_module" else None
-        operator, names = OPERATORS.get(node.target if module is None else type(module), (None, ()))
+        operator, names = OPERATORS.get(node.target if module is None else kind(module), (None, ()))
         if operator is None or (module is not None and has_hooks(module)):
             self.emit(node)
             return
@@ -286,7 +287,7 @@ class Lowering:
         """End the segment: its program, and nodes for what is read outside."""
         segment, self.segment = self.segment, Segment()
         exported = [n for n in segment.nodes if n not in segment.sources and self.needed_outside(n, segment)]
-        if any(isinstance(segment.nodes[n], Indices) for n in exported):
+        if any(isinstance(segment.nodes[n], Indices) or _has_indices(segment.nodes[n]) for n in exported):
             raise IndicesNeeded
         if any(not isinstance(segment.nodes[n], Value) for n in exported):
             raise Untraceable("it hands on pieces that are not tensors")
@@ -316,6 +317,10 @@ class Lowering:
                 continue
             return True
         return False
+
+
+def _has_indices(held: Held) -> bool:
+    return isinstance(held, tuple) and any(isinstance(piece, Indices) for piece in held)
 
 
 _DROPOUTS = (torch.nn.functional.dropout, torch.nn.functional.dropout2d)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import struct
 import weakref
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 
 from .._library import LIBRARY
 from ._passes import shorten
-from ._steps import ACTIVATIONS, CONVOLUTIONS, OPS, Listing, Step
+from ._steps import ACTIVATIONS, CONVOLUTIONS, OPS, Listing, Ref, Step
 
 LIBRARY.define("program_load(int[] code, Tensor[] weights, int precision) -> int")
 LIBRARY.define("program_run(int handle, Tensor[] inputs) -> Tensor[]")
@@ -25,6 +26,40 @@ _version, _place = operator.attrgetter("_version"), Tensor.data_ptr
 _WITH_ACTIVATION = (*CONVOLUTIONS, "add", "mul", "activate", "affine")
 
 
+class _Loaded:
+    """A program in C++ for as long as anybody holds this: a thread may still call one that another replaces."""
+
+    def __init__(self, code: list[int], weights: list[Tensor], precision: str):
+        self.handle = torch.ops.fastcv.program_load(code, weights, PRECISIONS.index(precision))
+        weakref.finalize(self, torch.ops.fastcv.program_free.default, self.handle).atexit = False
+
+
+class _State:
+    """Parameters as they were. Small networks feel how long it takes to look at them."""
+
+    def __init__(self, refs: list[Ref]):
+        by_owner: dict[int, tuple[dict, list[str]]] = {}
+        for r in refs:
+            by_owner.setdefault(id(r.owner), (r.owner, []))[1].append(r.name)
+        # Of a single name itemgetter gives no tuple: the name twice does.
+        self._owners = [(o, operator.itemgetter(*(n if len(n) > 1 else 2 * n))) for o, n in by_owner.values()]
+        self._tensors = self._now()
+        self._versions, self._places = list(map(_version, self._tensors)), list(map(_place, self._tensors))
+
+    def _now(self) -> list[Tensor]:
+        return [t for owner, names in self._owners for t in names(owner) if t is not None]
+
+    def changed(self) -> bool:
+        """Whether a parameter is another, was written to, or lies elsewhere."""
+        now = self._now()
+        return (
+            len(now) != len(self._tensors)
+            or not all(map(operator.is_, now, self._tensors))
+            or list(map(_version, now)) != self._versions
+            or list(map(_place, now)) != self._places
+        )
+
+
 class Program(nn.Module):
     """Calls a program, which is loaded when first called and again after one of its parameters has changed."""
 
@@ -35,43 +70,26 @@ class Program(nn.Module):
         self.listing = listing
         self.convolutions = sum(step.op in CONVOLUTIONS for step in listing.steps)
         self._refs = list({r.key: r for step in listing.steps for r in step.refs()}.values())
-        self._handle: int | None = None
-        self._free: weakref.finalize | None = None
-        self._state: tuple[list, list, list] = ([], [], [])
-        self._owners: list[tuple[dict, operator.itemgetter]] = []
+        self._latest: tuple[_Loaded, _State] | None = None
+        self._lock = Lock()
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        if self._handle is None or self._changed():
-            self._load()
-        return torch.ops.fastcv.program_run.default(self._handle, inputs)
+        latest = self._latest
+        if latest is None or latest[1].changed():
+            with self._lock:  # of several threads one loads it
+                latest = self._latest
+                if latest is None or latest[1].changed():
+                    latest = self._latest = None  # the old one goes before the new one comes
+                    latest = self._latest = self._load()
+        return torch.ops.fastcv.program_run.default(latest[0].handle, inputs)
 
-    def _changed(self) -> bool:
-        """Whether a parameter is another, was written to, or lies elsewhere. Small networks feel how long it takes."""
-        tensors, versions, places = self._state
-        now = [t for owner, names in self._owners for t in names(owner) if t is not None]
-        return (
-            len(now) != len(tensors)
-            or not all(map(operator.is_, now, tensors))
-            or list(map(_version, now)) != versions
-            or list(map(_place, now)) != places
-        )
-
-    def _note_state(self) -> None:
-        by_owner: dict[int, tuple[dict, list[str]]] = {}
-        for r in self._refs:
-            by_owner.setdefault(id(r.owner), (r.owner, []))[1].append(r.name)
-        # Of a single name itemgetter gives no tuple: the name twice does.
-        self._owners = [(o, operator.itemgetter(*(n if len(n) > 1 else 2 * n))) for o, n in by_owner.values()]
-        tensors = [t for owner, names in self._owners for t in names(owner) if t is not None]
-        self._state = tensors, list(map(_version, tensors)), list(map(_place, tensors))
-
-    def _load(self) -> None:
-        self._unload()
+    def _load(self) -> tuple[_Loaded, _State]:
         numbers: dict[tuple, int] = {}
         weights: list[Tensor] = []
         code = [len(self.listing.inputs), *self.listing.inputs, self.listing.values]
         code += [len(self.listing.outputs), *(v for v, _ in self.listing.outputs)]
         code += [len(self.listing.outputs), *(rank for _, rank in self.listing.outputs), len(self.listing.steps)]
+        state = _State(self._refs)  # before they are read: what changes meanwhile is seen at the next call
         with torch.no_grad():
             for step in self.listing.steps:
                 indices = []
@@ -83,33 +101,29 @@ class Program(nn.Module):
                 params = _params(step)
                 code += [OPS.index(step.op), step.output, len(step.inputs), *step.inputs]
                 code += [len(params), *params, len(indices), *indices]
-            self._note_state()
-            self._handle = torch.ops.fastcv.program_load(code, weights, PRECISIONS.index(self.precision))
-        self._free = weakref.finalize(self, torch.ops.fastcv.program_free.default, self._handle)
-        self._free.atexit = False
+            return _Loaded(code, weights, self.precision), state
 
     def reload(self) -> None:
         """Plan again at the next call, with other choices of kernels."""
-        self._unload()
-
-    def _unload(self) -> None:
-        if self._handle is not None:
-            self._free()
-            self._handle = None
+        self._latest = None
 
     def __getstate__(self):
         """A copy loads its own: its parameters are others."""
-        return {**self.__dict__, "_handle": None, "_free": None, "_state": ([], [], []), "_owners": []}
+        return {**self.__dict__, "_latest": None, "_lock": None}
+
+    def __setstate__(self, state):
+        super().__setstate__({**state, "_lock": Lock()})
 
     def profile(self, *inputs: Tensor, repeat: int = 10) -> Tensor:
         """A row for each step: what it did and its nanoseconds, the median of ``repeat`` calls (see ``program_profile``
         in csrc/program)."""
         self(*inputs)
-        torch.ops.fastcv.program_profile(self._handle)
+        handle = self._latest[0].handle
+        torch.ops.fastcv.program_profile(handle)
         tables = []
         for _ in range(repeat):
             self(*inputs)
-            tables.append(torch.ops.fastcv.program_profile(self._handle))
+            tables.append(torch.ops.fastcv.program_profile(handle))
         table = tables[0].clone()
         table[:, 2] = torch.stack([t[:, 2] for t in tables]).median(0).values
         return table

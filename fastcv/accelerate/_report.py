@@ -8,6 +8,8 @@ from torch import fx
 
 from ._program import Program
 
+_OF_GRAPHS = ("getitem", "getattr", "size")
+
 
 @dataclasses.dataclass
 class Part:
@@ -17,16 +19,19 @@ class Part:
     convolutions: int = 0
     fused: int = 0  # layers that convolutions and others took up
     programs: list[Program] = dataclasses.field(default_factory=list, repr=False)
-    torch_calls: list[str] = dataclasses.field(default_factory=list)  # what stays between the programs
+    # What stays between the programs: fastcv's operators, and what is left to torch.
+    own_calls: list[str] = dataclasses.field(default_factory=list)
+    torch_calls: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, programs: list[Program], graph: fx.GraphModule) -> None:
         self.programs = programs
         self.convolutions = sum(p.convolutions for p in programs)
         self.fused = sum(p.taken for p in programs)
-        names = [str(getattr(n.target, "__name__", n.target)) for n in graph.graph.nodes if n.op.startswith("call_")]
-        self.torch_calls = [
-            n for n in names if not n.startswith("program_") and n not in ("getitem", "getattr", "size")
-        ]
+        for node in graph.graph.nodes:
+            name = str(getattr(node.target, "__name__", node.target))
+            if node.op.startswith("call_") and not name.startswith("program_") and name not in _OF_GRAPHS:
+                own = str(getattr(node.target, "__module__", "")).startswith("fastcv.")
+                (self.own_calls if own else self.torch_calls).append(name)
 
     def __str__(self) -> str:
         name = self.name or "(the model)"
@@ -38,6 +43,7 @@ class Part:
 
         text = f"{name}: {many(len(self.programs), 'program')} with {many(self.convolutions, 'convolution')}"
         text += f", {many(self.fused, 'layer')} fused" if self.fused else ""
+        text += f"; between them: {', '.join(self.own_calls)}" if self.own_calls else ""
         return text + (f"; in torch: {', '.join(self.torch_calls)}" if self.torch_calls else "")
 
 

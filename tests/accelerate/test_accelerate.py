@@ -393,5 +393,14 @@ def test_results_are_compared_piece_by_piece():
         other[place] = math.nan
         assert not close(other, expected, 1.0)
         assert close(other, other, 1e-5)
+
+
+def test_infinities_hide_no_difference():
+    close = sys.modules["fastcv.accelerate._capture"]._close_tensors
+    expected = torch.tensor([[1.0, -math.inf, 5.0]])
+    assert close(expected.clone(), expected, 1e-4)
+    assert not close(torch.tensor([[1.0, -math.inf, -100.0]]), expected, 1e-4)
+    assert not close(torch.tensor([[1.0, math.inf, 5.0]]), expected, 1e-4)
+    assert not close(torch.tensor([[-math.inf, -math.inf, 5.0]]), expected, 1e-4)
     assert close(torch.tensor(2.0), torch.tensor(2.0), 1e-5)
     assert not close(torch.tensor([1, 2]), torch.tensor([1, 3]), 1.0)

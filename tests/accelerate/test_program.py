@@ -4,6 +4,7 @@ import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
+from threading import Thread
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ STEPS = {
     "bilinear_corners": nn.Upsample((20, 9), mode="bilinear", align_corners=True),
     "like": lambda x: F.interpolate(F.max_pool2d(x, 2), size=x.shape[-2:], mode="bilinear") + x,
     "activations": lambda x: F.gelu(F.hardswish(F.leaky_relu(x, 0.3))),
+    "tanh": lambda x: torch.tanh(x * x.tanh()),
     "norm": nn.Sequential(nn.BatchNorm2d(12), nn.ReLU()),
     "written_in_place": lambda x: x.relu_() + x,
 }  # fmt: skip
@@ -246,7 +248,7 @@ def test_programs_are_freed():
     fast, x = fastcv.accelerate(Function(nn.ReLU())), torch.randn(1, 12, 4, 4)
     with torch.inference_mode():
         fast(x), fast(x)
-    handle = programs(fast)[0]._handle
+    handle = programs(fast)[0]._latest[0].handle
     del fast
     gc.collect()
     with pytest.raises(RuntimeError, match="is not a program"):
@@ -300,6 +302,143 @@ def test_generator_of_one_pixel():
     (program,) = programs(fast)
     assert len(program.listing.steps) == program.convolutions == 3
     assert "transposed 4x4/2" in program_table(program, x)
+
+
+class Unpooled(nn.Module):
+    """As in SegNet: an encoder's pooling, undone in the decoder."""
+
+    def __init__(self, channels=24, kernel=2, output_size=None, **options):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(5, channels, 3, padding=1), nn.Conv2d(channels, channels, 1), nn.Tanh()
+        self.pool = fastcv.nn.MaxPool2d(kernel, return_indices=True, **options)
+        self.unpool, self.d = nn.MaxUnpool2d(kernel), nn.Conv2d(channels, 4, 1)
+        if "indices" in options:
+            self.unpool = fastcv.nn.MaxUnpool2d(kernel)
+        self.output_size = output_size
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        size = y.size() if self.output_size == "like" else self.output_size
+        pooled, indices = self.pool(y)
+        return self.d(self.unpool(self.c(self.b(pooled)), indices, output_size=size))
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, [(16, 20), (12, 8)]),
+        ({"channels": 7}, [(16, 20), (12, 8)]),
+        ({"kernel": (2, 3), "output_size": "like"}, [(17, 23), (16, 24), (4, 3)]),
+        ({"kernel": 3, "output_size": "like", "ceil_mode": True}, [(17, 23), (9, 9)]),
+        ({"output_size": (16, 21)}, [(16, 21)]),
+        ({"indices": "compact"}, [(17, 23), (8, 8)]),
+    ],
+)
+def test_unpooling(options, sizes):
+    torch.manual_seed(0)
+    model = Unpooled(**options).eval()
+    fast = fastcv.accelerate(model)
+    with torch.inference_mode():
+        for n, size in enumerate(sizes):
+            x = torch.randn(2 - n % 2, 5, *size)
+            for _ in range(2):
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=2e-5)
+    (program,) = programs(fast)
+    assert not fast.fastcv_report.parts[0].torch_calls
+    assert [step.op for step in program.listing.steps].count("max_unpool") == 1
+
+
+def test_unpooling_to_another_size():
+    fast = fastcv.accelerate(Unpooled().eval())
+    with torch.inference_mode():
+        fast(torch.randn(1, 5, 16, 16))
+        with pytest.raises(RuntimeError, match="to 16x16 what was pooled from 17x16: give its size as output_size"):
+            fast(torch.randn(1, 5, 17, 16))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_indices_that_are_wanted(padding):
+    """Outside of the program they are made in, or of windows that overlap: torch's."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(5, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            y, indices = F.max_pool2d(self.a(x), 3, 3 - padding, padding, return_indices=True)
+            return self.b(F.max_unpool2d(y, indices, 3, 3 - padding, padding, x.shape[2:])), indices
+
+    model, x = Model().eval(), torch.randn(2, 5, 13, 14)
+    fast = fastcv.accelerate(model)
+    with torch.inference_mode():
+        for _ in range(2):
+            for got, wanted in zip(fast(x), model(x), strict=True):
+                torch.testing.assert_close(got, wanted)
+    assert len(programs(fast)) == 2
+
+
+def test_layers_of_fastcv():
+    """They and its operators are captured as torch's are."""
+
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.linear = fastcv.nn.ConvTranspose2d(16, 8, 2, 2), fastcv.nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = fastcv.ops.max_pool2d(self.up(x), 2)
+            return self.linear(torch.flatten(fastcv.ops.adaptive_avg_pool2d(x, 2), 1))
+
+    layers = fastcv.nn
+    model = nn.Sequential(
+        layers.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), layers.MaxPool2d(2),
+        layers.ConvNormAct(layers.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU()),
+        layers.Upsample(scale_factor=2), Tail(),
+    ).eval()  # fmt: skip
+    fast, x = fastcv.accelerate(model), torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    (program,) = programs(fast)
+    assert not fast.fastcv_report.parts[0].torch_calls
+    assert program.convolutions == 4
+
+
+def test_local_response_norm_is_ours():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LocalResponseNorm(5), Function(lambda x: F.local_response_norm(x, 3)))
+    model[2].first = nn.Conv2d(16, 12, 1)
+    fast, x = fastcv.accelerate(model.eval()), torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    (part,) = fast.fastcv_report.parts
+    assert part.own_calls == ["local_response_norm"] * 2 and not part.torch_calls
+
+
+def test_threads_while_weights_change():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    fast, x, errors = fastcv.accelerate(model), torch.ones(1, 3, 12, 12), []
+    with torch.inference_mode():
+        fast(x)
+
+    def read():
+        try:
+            with torch.no_grad():
+                for _ in range(300):
+                    fast(x)
+        except RuntimeError as error:
+            errors.append(error)
+
+    readers = [Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    while any(reader.is_alive() for reader in readers):
+        with torch.no_grad():
+            model[0].weight.mul_(1.0)
+    assert not errors
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
 
 
 def test_profile_names_every_step():
