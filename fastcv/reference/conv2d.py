@@ -21,6 +21,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+def epilogue(result: Tensor, residual: Tensor | None, activation: str, slope: float, input: Tensor) -> Tensor:
+    """``activation(result + residual)``, in the memory format of ``input``."""
+    if residual is not None:
+        result = result + residual
+    memory_format = torch._prims_common.suggest_memory_format(input)
+    return ACTIVATIONS[activation](result, slope).contiguous(memory_format=memory_format)
+
+
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -37,10 +45,7 @@ def conv2d(
 ) -> Tensor:
     with torch.autocast(input.device.type, enabled=False):
         result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        if residual is not None:
-            result = result + residual
-        result = ACTIVATIONS[activation](result, slope)
-    return result.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+        return epilogue(result, residual, activation, slope, input)
 
 
 def conv2d_prepare(

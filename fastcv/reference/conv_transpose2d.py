@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv2d import ACTIVATIONS
+from .conv2d import epilogue
 
 
 def conv_transpose2d(
@@ -26,10 +26,7 @@ def conv_transpose2d(
 ) -> Tensor:
     with torch.autocast(input.device.type, enabled=False):
         result = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        if residual is not None:
-            result = result + residual
-        result = ACTIVATIONS[activation](result, slope)
-    return result.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+        return epilogue(result, residual, activation, slope, input)
 
 
 def conv_transpose2d_prepare(

@@ -9,7 +9,9 @@ from torch.library import opcheck
 
 import fastcv
 from fastcv._library import implementation
-from fastcv.ops.conv2d import ACTIVATIONS, KERNELS, _input_gradient_kernel, _prepared, _training_kernel
+from fastcv.ops._conv2d_training import _kernel, input_gradient_kernel
+from fastcv.ops._convolution import ACTIVATIONS, _prepared
+from fastcv.ops.conv2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
 
 compiled_only = pytest.mark.skipif(
@@ -278,7 +280,7 @@ def test_gradients_in_training(shape, memory_format):
     if implementation("conv2d", "cpu") == "compiled":
         p = [padding] * 2 if isinstance(padding, int) else list(padding)
         assert "Convolution" not in type(out.grad_fn).__name__ and out.is_contiguous(memory_format=memory_format)
-        assert _input_gradient_kernel(out, weight, (1, [1, 1], p, [1, 1])) in ("winograd", "winograd_2x2")
+        assert input_gradient_kernel(out, weight, (1, [1, 1], p, [1, 1])) in ("winograd", "winograd_2x2")
     actual = gradients(fastcv.ops.conv2d, x, weight, bias, padding)
     double = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     assert error(out, F.conv2d(*double, 1, padding)) < 1e-5
@@ -376,7 +378,7 @@ def test_where_training_runs():
     """Preparing weights of many channels for few pixels, or anything for a tiny layer, does not pay."""
 
     def kernel(*shape):
-        return _training_kernel(*shape, True, False, 2)
+        return _kernel(*shape, True, False, 2)
 
     assert kernel(8, 64, 64, 56, 56) == kernel(8, 256, 256, 28, 28) == "winograd"
     assert kernel(1, 512, 512, 7, 7) == kernel(1, 256, 256, 14, 14) == kernel(8, 16, 16, 8, 8) == "torch"

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import fastcv
 from fastcv._library import implementation
-from fastcv.ops.conv2d import ACTIVATIONS, _prepared
+from fastcv.ops._convolution import ACTIVATIONS, _prepared
 from fastcv.ops.conv_transpose2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
 
