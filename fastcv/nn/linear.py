@@ -27,6 +27,8 @@ class Linear(nn.Linear):
 
     Args: those of :class:`torch.nn.Linear`.
 
+    Called with ``input`` ``[..., in_features]``; gives ``[..., out_features]``.
+
     Example:
         >>> import torch, fastcv
         >>> layer = fastcv.nn.Linear(2048, 1000)
@@ -38,7 +40,12 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
-        """``activation(input @ weight.T + bias)``, in one pass; activations are those of :func:`fastcv.ops.conv2d`."""
+        """``activation(input @ weight.T + bias)``, in one pass.
+
+        Raises:
+            ValueError: an activation that is not one of those of :func:`fastcv.ops.conv2d`.
+            RuntimeError: an input of wrong shape or type, as of :func:`torch.nn.functional.linear`.
+        """
         check_one_of("activation", activation, ACTIVATIONS)
         if not self._on_kernels(input):
             return reference.conv2d.ACTIVATIONS[activation](F.linear(input, self.weight, self.bias), 0.01)

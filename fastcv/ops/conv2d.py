@@ -55,10 +55,12 @@ def conv2d(
 ) -> Tensor:
     """``activation(conv(input, weight, bias) * scale + shift + residual)``, in one pass over the output.
 
+    Source of the Winograd kernels: Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016.
+
     Args:
-        input: ``[N, C, H, W]``, contiguous or channels-last.
-        weight: ``[K, C / groups, KH, KW]``.
-        bias: ``[K]``.
+        input: ``[N, C, H, W]``, any floating type (kernels: float32), contiguous or channels-last.
+        weight: ``[K, C / groups, KH, KW]``, of the input's type, but under autocast.
+        bias: ``[K]``, as the weight.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding also ``"valid"`` or, with
             stride 1, ``"same"``.
         scale, shift: ``[K]``, such as a batch norm's; they are folded into weights and bias at every call, so fold them
@@ -86,7 +88,8 @@ def conv2d(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
-        RuntimeError: a kernel that does not serve this convolution.
+        RuntimeError: a kernel that does not serve this convolution, an input smaller than the kernel, a residual not of
+            the output's shape, weight or bias not of the input's type.
 
     Example:
         >>> import torch, fastcv

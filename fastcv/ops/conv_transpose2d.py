@@ -67,9 +67,9 @@ def conv_transpose2d(
     no zeros between pixels are multiplied and no intermediate map is made.
 
     Args:
-        input: ``[N, C, H, W]``, contiguous or channels-last.
-        weight: ``[C, K / groups, KH, KW]``.
-        bias: ``[K]``.
+        input: ``[N, C, H, W]``, any floating type (kernels: float32), contiguous or channels-last.
+        weight: ``[C, K / groups, KH, KW]``, of the input's type, but under autocast.
+        bias: ``[K]``, as the weight.
         stride, padding, output_padding, groups, dilation: as in :func:`torch.nn.functional.conv_transpose2d`.
         residual: of the output's shape, added before the activation.
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
@@ -88,7 +88,8 @@ def conv_transpose2d(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device, or an empty output.
-        RuntimeError: a kernel that does not serve this convolution.
+        RuntimeError: a kernel that does not serve this convolution, a residual not of the output's shape, weight
+            or bias not of the input's type.
 
     Example:
         >>> import torch, fastcv

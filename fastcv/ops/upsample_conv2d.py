@@ -45,7 +45,7 @@ def upsample_conv2d(
         added before they are multiplied). Differentiable with respect to all tensors, in both modes, twice.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or device.
+        TypeError, ValueError: an argument of wrong type, shape or device, a kernel of even size, a factor below 1.
 
     Example:
         >>> import torch, fastcv
