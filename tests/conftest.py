@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +25,11 @@ KERNEL_TESTS = (
     "and not slow and not big and not large and not many and not memory and not threads "
     "and not ensemble"
 )
+
+
+def pytest_make_parametrize_id(val):
+    """Names such as "channels_last" and "float32"; pytest's own, "memory_format1", are to KERNEL_TESTS about memory."""
+    return str(val).removeprefix("torch.") if isinstance(val, (torch.memory_format, torch.dtype)) else None
 
 
 def run_python(

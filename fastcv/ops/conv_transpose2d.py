@@ -100,6 +100,30 @@ def conv_transpose2d(
                 [10., 29., 33., 13.],
                 [12., 24., 16.,  4.]])
     """
+    options = (stride, padding, output_padding, groups, dilation, activation, kernel)
+    geometry = _check(input, weight, bias, residual, *options)
+    if not on_kernels(input, weight, bias, residual):
+        return _reference.conv_transpose2d(
+            input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
+        )
+    rest = (*geometry, activation, negative_slope)
+    if tracing():
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, None, *rest, kernel)
+    if kernel == "auto":
+        kernel = _choose(input, weight, geometry)
+    if kernel == "torch":
+        return _reference.conv_transpose2d(input, weight, bias, residual, None, *rest, "")
+    prepared = _prepared_weight(input, weight, geometry, kernel)
+    if needs_derivatives(input, weight, bias, residual):
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, prepared, *rest, kernel)
+    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
+        return torch.ops.fastcv.conv_transpose2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+
+
+def _check(
+    input, weight, bias, residual, stride, padding, output_padding, groups, dilation, activation, kernel
+) -> tuple:
+    """Raises where arguments do not fit; else groups, stride, padding, output padding and dilation as numbers."""
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
@@ -120,26 +144,10 @@ def conv_transpose2d(
     for extra, s, d in zip(output_padding, stride, dilation, strict=True):
         if extra >= s and extra >= d:
             raise ValueError(f"output_padding: expected less than stride or dilation, {max(s, d)}, got {extra}")
-    geometry = (groups, stride, padding, output_padding, dilation)
-    size = _output_size(input, weight, *geometry[1:])
+    size = _output_size(input, weight, stride, padding, output_padding, dilation)
     if size[0] < 1 or size[1] < 1 or input.shape[2] < 1 or input.shape[3] < 1:
         raise ValueError(f"input: expected a size that gives an output, got {list(input.shape)} for one of {size}")
-    if not on_kernels(input, weight, bias, residual):
-        return _reference.conv_transpose2d(
-            input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
-        )
-    rest = (*geometry, activation, negative_slope)
-    if tracing():
-        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, None, *rest, kernel)
-    if kernel == "auto":
-        kernel = _choose(input, weight, geometry)
-    if kernel == "torch":
-        return _reference.conv_transpose2d(input, weight, bias, residual, None, *rest, "")
-    prepared = _prepared_weight(input, weight, geometry, kernel)
-    if needs_derivatives(input, weight, bias, residual):
-        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, prepared, *rest, kernel)
-    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
-        return torch.ops.fastcv.conv_transpose2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+    return groups, stride, padding, output_padding, dilation
 
 
 def _choose(input: Tensor, weight: Tensor, geometry) -> str:

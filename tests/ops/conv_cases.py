@@ -14,14 +14,21 @@ def error(actual, expected):
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def serves(ours, case, kernel):
-    x, weight, _, *geometry = case
-    try:
-        ours(x, weight, None, *geometry, kernel=kernel)
-    except RuntimeError as failure:
-        assert "does not serve" in str(failure)
-        return False
-    return True
+def with_kernels(ours, case, shapes, kernels):
+    """Pairs of a shape and a kernel that serves it; torch's, which serves them all, with the first three alone."""
+
+    def serves(shape, kernel):
+        x, weight, _, *geometry = case(shape)
+        try:
+            ours(x, weight, None, *geometry, kernel=kernel)
+        except RuntimeError as failure:
+            assert "does not serve" in str(failure)
+            return False
+        return True
+
+    named = [k for k in kernels if k != "torch"]
+    pairs = [(shape, kernel) for shape in shapes for kernel in ("auto", *named) if serves(shape, kernel)]
+    return pairs + [(shape, "torch") for shape in shapes[:3]]
 
 
 def in_double(theirs, case):

@@ -15,7 +15,7 @@ from conv_cases import (
     check_same_for_any_number_of_threads,
     check_slices_of_wider_maps,
     error,
-    serves,
+    with_kernels,
 )
 from torch.library import opcheck
 
@@ -95,9 +95,7 @@ def test_by_hand():
     assert conv2d(x, weight, stride=2, padding=1).flatten().tolist() == [0, -2, -6, -4]
 
 
-@pytest.mark.parametrize(
-    ("shape", "kernel"), [(s, k) for s in SHAPES for k in ("auto", *KERNELS) if serves(conv2d, case(s), k)], ids=str
-)
+@pytest.mark.parametrize(("shape", "kernel"), with_kernels(conv2d, case, SHAPES, KERNELS), ids=str)
 def test_reference(shape, kernel):
     tolerance = 5e-5 if kernel in ("winograd_6x6", "winograd_5x5_4x4") else 1e-5
     check_kernel(conv2d, F.conv2d, case(shape), kernel, tolerance)

@@ -16,7 +16,7 @@ from conv_cases import (
     check_same_for_any_number_of_threads,
     check_slices_of_wider_maps,
     error,
-    serves,
+    with_kernels,
 )
 from torch.library import opcheck
 
@@ -105,11 +105,7 @@ def test_by_hand():
     assert out.flatten().tolist() == [2, 3, 6, 5, 7]
 
 
-@pytest.mark.parametrize(
-    ("shape", "kernel"),
-    [(s, k) for s in SHAPES for k in ("auto", *KERNELS) if serves(conv_transpose2d, case(s), k)],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "kernel"), with_kernels(conv_transpose2d, case, SHAPES, KERNELS), ids=str)
 def test_reference(shape, kernel):
     check_kernel(conv_transpose2d, F.conv_transpose2d, case(shape), kernel, 1e-5)
 
