@@ -60,9 +60,9 @@ def kernel_test_files() -> list[Path]:
     return [path for path in sorted((ROOT / "tests/ops").glob("*.py")) if path.stem[5:] in names]
 
 
-def run_kernel_tests(files: Sequence[Path], **options) -> str:
+def run_kernel_tests(files: Sequence[Path], select: str = KERNEL_TESTS, **options) -> str:
     """Runs the kernel tests of operators in a fresh process; returns the output if they pass."""
-    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-k", KERNEL_TESTS]
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-k", select]
     result = run_python([*arguments, *map(str, files)], **options)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]

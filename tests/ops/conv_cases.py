@@ -1,12 +1,18 @@
 """What the tests of the convolutions share: ``ours`` is fastcv's, ``theirs`` torch's, ``case`` their arguments."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from nms_cases import assert_all_equal, with_threads
 
+from fastcv._library import implementation
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
+compiled_only = pytest.mark.skipif(
+    implementation("conv2d", "cpu") != "compiled",
+    reason="of the compiled kernels; the reference is torch's",
+)
 
 
 def error(actual, expected):

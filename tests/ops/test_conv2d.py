@@ -2,33 +2,17 @@
 
 import gc
 
+import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import (
-    FORMATS,
-    check_bad_scaling,
-    check_changed_weights_are_noticed,
-    check_derivatives,
-    check_kernel,
-    check_other_types_run_on_torch,
-    check_same_for_any_number_of_threads,
-    check_slices_of_wider_maps,
-    error,
-    with_kernels,
-)
+from conv_cases import FORMATS, compiled_only, error, with_kernels
 from torch.library import opcheck
 
-from fastcv._library import implementation
 from fastcv.ops import conv2d
 from fastcv.ops._convolution import ACTIVATIONS, _prepared
 from fastcv.ops.conv2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
-
-compiled_only = pytest.mark.skipif(
-    implementation("conv2d", "cpu") != "compiled",
-    reason="of the compiled kernels; the reference is torch's convolution",
-)
 
 # images, channels, height, width, outputs, kernel, stride, padding, dilation, groups
 SHAPES = [
@@ -98,7 +82,7 @@ def test_by_hand():
 @pytest.mark.parametrize(("shape", "kernel"), with_kernels(conv2d, case, SHAPES, KERNELS), ids=str)
 def test_reference(shape, kernel):
     tolerance = 5e-5 if kernel in ("winograd_6x6", "winograd_5x5_4x4") else 1e-5
-    check_kernel(conv2d, F.conv2d, case(shape), kernel, tolerance)
+    conv_cases.check_kernel(conv2d, F.conv2d, case(shape), kernel, tolerance)
 
 
 @compiled_only
@@ -134,7 +118,7 @@ def test_scale_and_shift():
 
 @pytest.mark.parametrize("shape", SHAPES[2:9])
 def test_slices_of_wider_maps(shape):
-    check_slices_of_wider_maps(conv2d, F.conv2d, case(shape))
+    conv_cases.check_slices_of_wider_maps(conv2d, F.conv2d, case(shape))
 
 
 def test_empty_batch():
@@ -143,16 +127,16 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1e6])
 def test_bad_scaling(magnitude):
-    check_bad_scaling(conv2d, F.conv2d, case(SHAPES[6]), magnitude)
+    conv_cases.check_bad_scaling(conv2d, F.conv2d, case(SHAPES[6]), magnitude)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4] + SHAPES[6:7] + SHAPES[15:20])
 def test_same_for_any_number_of_threads(shape):
-    check_same_for_any_number_of_threads(conv2d, case(shape))
+    conv_cases.check_same_for_any_number_of_threads(conv2d, case(shape))
 
 
 def test_changed_weights_are_noticed():
-    check_changed_weights_are_noticed(conv2d, case(SHAPES[6]))
+    conv_cases.check_changed_weights_are_noticed(conv2d, case(SHAPES[6]))
 
 
 @compiled_only
@@ -171,21 +155,20 @@ def test_weights_are_prepared_once_and_forgotten_with_their_tensor():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_follow_the_formulas(activation):
-    check_derivatives(conv2d, F.conv2d, case((2, 6, 5, 6, 4, (3, 3), 1, 1, 1, 2)), activation)
+    conv_cases.check_derivatives(conv2d, F.conv2d, case((2, 6, 5, 6, 4, (3, 3), 1, 1, 1, 2)), activation)
 
 
 def test_other_types_run_on_torch():
-    check_other_types_run_on_torch(conv2d, F.conv2d, case(SHAPES[6]))
+    conv_cases.check_other_types_run_on_torch(conv2d, F.conv2d, case(SHAPES[6]))
 
 
+@compiled_only
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_opcheck_and_compile(memory_format):
     x, weight, bias, *_ = case((2, 6, 5, 6, 4, (3, 3), 1, 1, 1, 2))
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     weight.requires_grad_()
     arguments = (x, weight, bias, None, None, 2, [1, 1], [1, 1], [1, 1], "silu", 0.0, "auto")
-    if implementation("conv2d", "cpu") != "compiled":
-        pytest.skip("the reference is torch's convolution, called directly")
     opcheck(torch.ops.fastcv.conv2d, arguments)
 
     def f(x):

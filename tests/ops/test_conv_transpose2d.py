@@ -3,33 +3,17 @@ errors."""
 
 import gc
 
+import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import (
-    FORMATS,
-    check_bad_scaling,
-    check_changed_weights_are_noticed,
-    check_derivatives,
-    check_kernel,
-    check_other_types_run_on_torch,
-    check_same_for_any_number_of_threads,
-    check_slices_of_wider_maps,
-    error,
-    with_kernels,
-)
+from conv_cases import FORMATS, compiled_only, error, with_kernels
 from torch.library import opcheck
 
-from fastcv._library import implementation
 from fastcv.ops import conv2d, conv_transpose2d
 from fastcv.ops._convolution import ACTIVATIONS, _prepared
 from fastcv.ops.conv_transpose2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
-
-compiled_only = pytest.mark.skipif(
-    implementation("conv_transpose2d", "cpu") != "compiled",
-    reason="of the compiled kernels; the reference is torch's transposed convolution",
-)
 
 # images, channels, height, width, outputs, kernel, stride, padding, output padding, groups, dilation
 SHAPES = [
@@ -107,7 +91,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize(("shape", "kernel"), with_kernels(conv_transpose2d, case, SHAPES, KERNELS), ids=str)
 def test_reference(shape, kernel):
-    check_kernel(conv_transpose2d, F.conv_transpose2d, case(shape), kernel, 1e-5)
+    conv_cases.check_kernel(conv_transpose2d, F.conv_transpose2d, case(shape), kernel, 1e-5)
 
 
 @compiled_only
@@ -141,7 +125,7 @@ def test_nan_stays_where_it_reaches(kernel):
 
 @pytest.mark.parametrize("shape", [*SHAPES[:6], SHAPES[10], *SHAPES[13:15], SHAPES[17], *SHAPES[20:22]], ids=str)
 def test_slices_of_wider_maps(shape):
-    check_slices_of_wider_maps(conv_transpose2d, F.conv_transpose2d, case(shape))
+    conv_cases.check_slices_of_wider_maps(conv_transpose2d, F.conv_transpose2d, case(shape))
 
 
 def test_empty_batch():
@@ -153,16 +137,16 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1e6])
 def test_bad_scaling(magnitude):
-    check_bad_scaling(conv_transpose2d, F.conv_transpose2d, case(SHAPES[2]), magnitude)
+    conv_cases.check_bad_scaling(conv_transpose2d, F.conv_transpose2d, case(SHAPES[2]), magnitude)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 2, 4, 6, 8, 10, 13, 17, 20, 23)], ids=str)
 def test_same_for_any_number_of_threads(shape):
-    check_same_for_any_number_of_threads(conv_transpose2d, case(shape))
+    conv_cases.check_same_for_any_number_of_threads(conv_transpose2d, case(shape))
 
 
 def test_changed_weights_are_noticed():
-    check_changed_weights_are_noticed(conv_transpose2d, case(SHAPES[2]))
+    conv_cases.check_changed_weights_are_noticed(conv_transpose2d, case(SHAPES[2]))
 
 
 @compiled_only
@@ -194,7 +178,7 @@ def test_weights_are_prepared_once_and_apart_from_those_of_conv2d():
 @pytest.mark.parametrize("trains", [False, True])
 def test_derivatives_follow_the_formulas(activation, trains):
     arguments = case((2, 6, 4, 5, 4, (3, 4), 2, 1, 1, 2, 1))
-    check_derivatives(conv_transpose2d, F.conv_transpose2d, arguments, activation, trains=trains)
+    conv_cases.check_derivatives(conv_transpose2d, F.conv_transpose2d, arguments, activation, trains=trains)
 
 
 @pytest.mark.parametrize(
@@ -222,17 +206,16 @@ def test_input_gradient_with_output_padding_of_a_stride():
 
 
 def test_other_types_run_on_torch():
-    check_other_types_run_on_torch(conv_transpose2d, F.conv_transpose2d, case(SHAPES[5]))
+    conv_cases.check_other_types_run_on_torch(conv_transpose2d, F.conv_transpose2d, case(SHAPES[5]))
 
 
+@compiled_only
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_opcheck_and_compile(memory_format):
     x, weight, bias, *_ = case((2, 6, 5, 6, 4, (3, 3), 2, 1, 1, 2, 1))
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     weight.requires_grad_()
     arguments = (x, weight, bias, None, None, 2, [2, 2], [1, 1], [1, 0], [1, 1], "silu", 0.0, "auto")
-    if implementation("conv_transpose2d", "cpu") != "compiled":
-        pytest.skip("the reference is torch's transposed convolution, called directly")
     opcheck(torch.ops.fastcv.conv_transpose2d, arguments)
 
     def f(x, weight):
