@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fastcv
 from benchmarks.harness import Case, as_test
+from benchmarks.layouts import contenders
 
 # channels, height, width, outputs, kernel, stride, padding, groups
 LAYERS = {
@@ -93,18 +94,6 @@ TRAINED = [
 ]
 
 
-def _ours(x, weight, bias, *geometry):
-    return lambda: fastcv.ops.conv2d(x, weight, bias, *geometry)
-
-
-def _torch(memory_format):
-    def prepare(x, weight, bias, *geometry):
-        x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
-        return lambda: F.conv2d(x, weight, bias, *geometry)
-
-    return prepare
-
-
 def _case(model, layer):
     channels, height, width, outputs, kernel, stride, padding, groups = layer
 
@@ -121,11 +110,7 @@ def _case(model, layer):
         "conv2d",
         shape,
         inputs,
-        {
-            "fastcv": _ours,
-            "torch, channels-last": _torch(torch.channels_last),
-            "torch, contiguous": _torch(torch.contiguous_format),
-        },
+        contenders(fastcv.ops.conv2d, F.conv2d),
         tolerance=2e-4,
         quick=model == "ResNet-50",
     )
@@ -159,13 +144,13 @@ def _training_case(images, channels, size, outputs):
         weight = torch.randn(outputs, channels, 3, 3, generator=generator)
         return x, weight / (channels * 9) ** 0.5, torch.randn(outputs, generator=generator)
 
-    contenders = {
+    steps = {
         "fastcv": _step(fastcv.ops.conv2d),
         "torch, channels-last": _step(F.conv2d),
         "torch, contiguous": _step(F.conv2d, torch.contiguous_format),
     }
     shape = f"training, batch {images}, {channels} to {outputs} channels, 3x3/1, {size}x{size}"
-    return Case("conv2d", shape, inputs, contenders, agree=_agree, quick=size == 56)
+    return Case("conv2d", shape, inputs, steps, agree=_agree, quick=size == 56)
 
 
 CASES = [_case(model, layer) for model, layers in LAYERS.items() for layer in layers]

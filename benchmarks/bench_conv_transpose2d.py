@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fastcv
 from benchmarks.harness import Case, as_test
+from benchmarks.layouts import contenders
 
 # images, channels, height, width, outputs, kernel, stride, padding, output padding, groups
 LAYERS = {
@@ -48,18 +49,6 @@ LAYERS = {
 }
 
 
-def _ours(x, weight, bias, *geometry):
-    return lambda: fastcv.ops.conv_transpose2d(x, weight, bias, *geometry)
-
-
-def _torch(memory_format):
-    def prepare(x, weight, bias, *geometry):
-        x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
-        return lambda: F.conv_transpose2d(x, weight, bias, *geometry)
-
-    return prepare
-
-
 def _case(model, layer):
     images, channels, height, width, outputs, kernel, stride, padding, output_padding, groups = layer
 
@@ -78,11 +67,7 @@ def _case(model, layer):
         "conv_transpose2d",
         shape,
         inputs,
-        {
-            "fastcv": _ours,
-            "torch, channels-last": _torch(torch.channels_last),
-            "torch, contiguous": _torch(torch.contiguous_format),
-        },
+        contenders(fastcv.ops.conv_transpose2d, F.conv_transpose2d),
         tolerance=2e-4,
         quick=model in ("U-Net", "DCGAN"),
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +25,11 @@ KERNEL_TESTS = (
     "and not slow and not big and not large and not many and not memory and not threads "
     "and not ensemble"
 )
+
+
+def pytest_make_parametrize_id(val):
+    """Names such as "channels_last" and "float32"; pytest's own, "memory_format1", are to KERNEL_TESTS about memory."""
+    return str(val).removeprefix("torch.") if isinstance(val, (torch.memory_format, torch.dtype)) else None
 
 
 def run_python(
@@ -54,9 +60,9 @@ def kernel_test_files() -> list[Path]:
     return [path for path in sorted((ROOT / "tests/ops").glob("*.py")) if path.stem[5:] in names]
 
 
-def run_kernel_tests(files: Sequence[Path], **options) -> str:
+def run_kernel_tests(files: Sequence[Path], select: str = KERNEL_TESTS, **options) -> str:
     """Runs the kernel tests of operators in a fresh process; returns the output if they pass."""
-    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-k", KERNEL_TESTS]
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-k", select]
     result = run_python([*arguments, *map(str, files)], **options)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-6000:]

@@ -1,7 +1,9 @@
 """Each instruction set that this machine has below the live one passes the kernel tests."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from conftest import ROOT, kernel_test_files, run_kernel_tests, run_python
+from conftest import KERNEL_TESTS, ROOT, kernel_test_files, run_kernel_tests, run_python
 
 import fastcv
 
@@ -9,10 +11,25 @@ INFO = fastcv.build_info()
 LOWER = INFO["available_isas"][: INFO["available_isas"].index(INFO["cpu_isa"])]
 
 
+@pytest.fixture(scope="module")
+def reruns():
+    """What runs the tests of operators and programs at each level: two at a time, of a thread each."""
+    operators = [ROOT / "tests/test_stable_boxing.py", *kernel_test_files()], KERNEL_TESTS
+    programs = [ROOT / "tests/accelerate/test_program.py"], "steps or norm or bfloat16 or threads"
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            (isa, name): pool.submit(
+                run_kernel_tests, files, select, environment={"FASTCV_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+            )
+            for name, (files, select) in {"operators": operators, "programs": programs}.items()
+            for isa in LOWER
+        }
+
+
 @pytest.mark.parametrize("isa", LOWER)
-def test_operators(isa):
-    files = [ROOT / "tests/test_stable_boxing.py", *kernel_test_files()]
-    run_kernel_tests(files, environment={"FASTCV_CPU_ISA": isa})
+@pytest.mark.parametrize("name", ["operators", "programs"])
+def test_kernels(name, isa, reruns):
+    reruns[isa, name].result()
 
 
 @pytest.mark.parametrize("isa", [*INFO["available_isas"], "avx9000", ""])
@@ -25,20 +42,3 @@ def test_environment_variable(isa):
     else:
         assert result.stdout.strip() == INFO["available_isas"][-1]
         assert ("FASTCV_CPU_ISA=avx9000 is ignored" in result.stderr) == bool(isa)
-
-
-@pytest.mark.parametrize("isa", LOWER)
-def test_programs(isa):
-    arguments = [
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        "-k",
-        "steps or norm or bfloat16 or threads",
-    ]
-    file = ROOT / "tests/accelerate/test_program.py"
-    result = run_python([*arguments, str(file)], environment={"FASTCV_CPU_ISA": isa})
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr

@@ -1,4 +1,4 @@
-"""How each layer and function of torch is written in steps of a program."""
+"""How layers and functions of torch are written in steps of a program; those with weights are in _weighted.py."""
 
 from __future__ import annotations
 
@@ -10,124 +10,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import ops
+from ._arguments import arguments, layer_arguments, only, two
 from ._lower import CALLS, OPERATORS, Grouped, Indices, Lowering, Unsupported, Value, handles
-from ._modules import has_hooks, is_norm, is_plain_conv, is_plain_transposed, kind
-from ._steps import Affine, Ref, ref
-
-# ---- layers with weights -------------------------------------------------------------------------
-
-
-@handles(nn.Conv2d)
-def conv2d(to: Lowering, node: fx.Node) -> Value:
-    conv = to.module(node)
-    if not is_plain_conv(conv) or len(node.args) != 1 or node.kwargs:
-        raise Unsupported
-    geometry = (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
-    x = to.map(node.args[0])
-    return to.step("conv", [x], 4, geometry, weight=ref(conv, "weight"), bias=ref(conv, "bias"))
-
-
-@handles(nn.ConvTranspose2d)
-def conv_transpose2d(to: Lowering, node: fx.Node) -> Value:
-    conv = to.module(node)
-    if not is_plain_transposed(conv) or len(node.args) != 1 or node.kwargs:
-        raise Unsupported
-    geometry = (*conv.stride, *conv.padding, *conv.output_padding, *conv.dilation, conv.groups)
-    return _transposed(to, node.args[0], ref(conv, "weight"), ref(conv, "bias"), geometry)
-
-
-@handles(F.conv_transpose2d, ops.conv_transpose2d)
-def conv_transpose2d_function(to: Lowering, node: fx.Node) -> Value:
-    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    x, weight, bias, stride, padding, output_padding, groups, dilation = _arguments(node, names)
-    bias = None if bias is None else _weight(to, bias)
-    geometry = (*_two(stride or 1), *_two(padding or 0), *_two(output_padding or 0), *_two(dilation or 1), groups or 1)
-    return _transposed(to, x, _weight(to, weight), bias, geometry)
-
-
-def _transposed(to: Lowering, x, weight: Ref, bias: Ref | None, geometry: tuple[int, ...]) -> Value:
-    groups, (channels, outputs) = geometry[-1], weight.get().shape[:2]
-    depthwise = groups == channels and outputs == 1
-    if groups > 1 and outputs < 16 and not depthwise:
-        raise Unsupported  # vectors hold the channels of one group, and torch those of several
-    return to.step("conv_transpose", [to.map(x)], 4, geometry, weight=weight, bias=bias)
-
-
-@handles(nn.Linear)
-def linear(to: Lowering, node: fx.Node) -> Value:
-    layer = to.module(node)
-    if has_hooks(layer) or layer.weight.dtype != torch.float32:
-        raise Unsupported
-    x = to.value(_only(node))
-    if x.rank == 4:
-        raise Unsupported  # over the last axis of a map
-    return to.step("conv", [x], x.rank, (1, 1, 0, 0, 1, 1, 1), weight=ref(layer, "weight"), bias=ref(layer, "bias"))
-
-
-@handles(F.conv2d, ops.conv2d)
-def conv2d_function(to: Lowering, node: fx.Node) -> Value:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    x, weight, bias, stride, padding, dilation, groups = _arguments(node, names)
-    weight = _weight(to, weight)
-    bias = None if bias is None else _weight(to, bias)
-    if isinstance(padding, str):
-        raise Unsupported
-    options = (1 if stride is None else stride, padding or 0, 1 if dilation is None else dilation)
-    geometry = [n for option in options for n in _two(option)]
-    return to.step("conv", [to.map(x)], 4, (*geometry, groups or 1), weight=weight, bias=bias)
-
-
-@handles(F.linear)
-def linear_function(to: Lowering, node: fx.Node) -> Value:
-    x, weight, bias = _arguments(node, ("input", "weight", "bias"))
-    weight, value = _weight(to, weight), to.value(x)
-    bias = None if bias is None else _weight(to, bias)
-    if value.rank == 4:
-        raise Unsupported
-    return to.step("conv", [value], value.rank, (1, 1, 0, 0, 1, 1, 1), weight=weight, bias=bias)
-
-
-@handles(F.batch_norm)
-def norm_function(to: Lowering, node: fx.Node) -> Value:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    x, mean, variance, weight, bias, training, _, eps = _arguments(node, names)
-    if training or mean is None or variance is None:
-        raise Unsupported
-    refs = [None if r is None else _weight(to, r) for r in (weight, bias, mean, variance)]
-    return to.step("affine", [to.map(x)], 4, after=[Affine(refs=refs, eps=1e-5 if eps is None else eps)])
-
-
-def _weight(to: Lowering, node) -> Ref:
-    parameter = to.parameter(node)
-    if parameter is None or parameter.ref.get().dtype != torch.float32:
-        raise Unsupported
-    return parameter.ref
-
-
-def norm(to: Lowering, node: fx.Node) -> Value:
-    layer = to.module(node)
-    if not is_norm(layer):
-        raise Unsupported
-    return to.step("affine", [to.map(_only(node))], 4, after=[Affine(layer)])
-
-
-@handles(nn.LayerNorm)
-def layer_norm(to: Lowering, node: fx.Node) -> Value:
-    layer, x = to.module(node), to.value(_only(node))
-    if has_hooks(layer) or len(layer.normalized_shape) != 1 or x.rank == 4:
-        raise Unsupported
-    weights = {name: ref(layer, name) if layer.elementwise_affine else None for name in ("weight", "bias")}
-    return to.step("layer_norm", [x], x.rank, (float(layer.eps),), **weights)
-
-
-@handles(F.layer_norm)
-def layer_norm_function(to: Lowering, node: fx.Node) -> Value:
-    x, shape, weight, bias, eps = _arguments(node, ("input", "normalized_shape", "weight", "bias", "eps"))
-    x, weight, bias = to.value(x), to.parameter(weight), to.parameter(bias)
-    if len(shape) != 1 or x.rank == 4 or weight is None or bias is None:
-        raise Unsupported
-    return to.step("layer_norm", [x], x.rank, (1e-5 if eps is None else float(eps),), weight=weight.ref, bias=bias.ref)
-
+from ._modules import has_hooks, kind
+from ._steps import Affine, ref
+from ._weighted import norm
 
 # ---- activations ---------------------------------------------------------------------------------
 
@@ -168,7 +55,7 @@ def activation(to: Lowering, node: fx.Node) -> Value:
 
 @handles(nn.PReLU)
 def prelu(to: Lowering, node: fx.Node) -> Value:
-    layer, x = to.module(node), to.value(_only(node))
+    layer, x = to.module(node), to.value(only(node))
     if has_hooks(layer) or x.rank == -4:
         raise Unsupported
     channels = to.shape(node.args[0])[1]
@@ -217,7 +104,7 @@ def _scale(to: Lowering, node: fx.Node, x: fx.Node, parameter) -> Value:
 # ---- pooling and resizing ------------------------------------------------------------------------
 
 
-def _two(value) -> tuple[int, int]:
+def two(value) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) == 1:
         pair *= 2
@@ -232,10 +119,10 @@ _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad
 
 @handles(nn.MaxPool2d, F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d, ops.max_pool2d)
 def max_pool2d(to: Lowering, node: fx.Node) -> Value | tuple[Value, Indices]:
-    x, kernel, stride, padding, dilation, ceil_mode, indices, form = _layer_arguments(to, node, _MAX_POOL)
+    x, kernel, stride, padding, dilation, ceil_mode, indices, form = layer_arguments(to, node, _MAX_POOL)
     indices = bool(indices) or node.target is F.max_pool2d_with_indices
-    kernel, stride = _two(kernel), _two(stride or kernel)
-    padding, dilation = _two(padding or 0), _two(dilation or 1)
+    kernel, stride = two(kernel), two(stride or kernel)
+    padding, dilation = two(padding or 0), two(dilation or 1)
     params = (*kernel, *stride, *padding, *dilation, int(indices), int(bool(ceil_mode)))
     if not indices:
         return to.step("max_pool", [to.map(x)], 4, params)
@@ -257,17 +144,17 @@ _MAX_UNPOOL = ("kernel_size", "stride", "padding")
 def max_unpool2d(to: Lowering, node: fx.Node) -> Value:
     if node.op == "call_module":
         layer = to.module(node)
-        x, indices, size = _arguments(node, ("input", "indices", "output_size"))
+        x, indices, size = arguments(node, ("input", "indices", "output_size"))
         kernel, stride, padding = (getattr(layer, name) for name in _MAX_UNPOOL)
         if has_hooks(layer):
             raise Unsupported
     else:
-        x, indices, kernel, stride, padding, size = _arguments(node, ("input", "indices", *_MAX_UNPOOL, "output_size"))
+        x, indices, kernel, stride, padding, size = arguments(node, ("input", "indices", *_MAX_UNPOOL, "output_size"))
     held = to.segment.nodes.get(indices)
     if not isinstance(held, Indices):
         raise Unsupported
-    kernel = held.kernel if kernel is None else _two(kernel)
-    if not kernel == _two(stride or kernel) == held.kernel or _two(padding or 0) != (0, 0):
+    kernel = held.kernel if kernel is None else two(kernel)
+    if not kernel == two(stride or kernel) == held.kernel or two(padding or 0) != (0, 0):
         raise Unsupported
     inputs, params = [to.map(x), held.value, held.pooled], [*held.kernel, 0, 0]
     if isinstance(size, fx.Node):
@@ -275,7 +162,7 @@ def max_unpool2d(to: Lowering, node: fx.Node) -> Value:
             raise Unsupported
         inputs.append(to.map(size.args[0]))
     elif size is not None:
-        params[2:] = _two(tuple(size)[-2:])
+        params[2:] = two(tuple(size)[-2:])
     elif held.compact:
         inputs.append(held.pooled)
     return to.step("max_unpool", inputs, 4, params)
@@ -283,17 +170,17 @@ def max_unpool2d(to: Lowering, node: fx.Node) -> Value:
 
 @handles(nn.AvgPool2d, F.avg_pool2d, ops.avg_pool2d)
 def avg_pool2d(to: Lowering, node: fx.Node) -> Value:
-    x, kernel, stride, padding, ceil_mode, include, divisor = _layer_arguments(to, node, _AVG_POOL)
+    x, kernel, stride, padding, ceil_mode, include, divisor = layer_arguments(to, node, _AVG_POOL)
     if divisor is not None:
         raise Unsupported
     include = True if include is None else include
-    sizes = (*_two(kernel), *_two(stride or kernel), *_two(padding or 0), 1, 1)
+    sizes = (*two(kernel), *two(stride or kernel), *two(padding or 0), 1, 1)
     return to.step("avg_pool", [to.map(x)], 4, (*sizes, int(include), int(bool(ceil_mode))))
 
 
 @handles(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, ops.adaptive_avg_pool2d)
 def adaptive_avg_pool2d(to: Lowering, node: fx.Node) -> Value:
-    x, size = _layer_arguments(to, node, ("output_size",))
+    x, size = layer_arguments(to, node, ("output_size",))
     size = size if isinstance(size, (tuple, list)) else (size, size)
     if not all(n is None or type(n) is int for n in size):
         raise Unsupported
@@ -302,7 +189,7 @@ def adaptive_avg_pool2d(to: Lowering, node: fx.Node) -> Value:
 
 @handles("mean", torch.mean)
 def mean(to: Lowering, node: fx.Node) -> Value:
-    x, dim, keepdim = _arguments(node, ("input", "dim", "keepdim"))
+    x, dim, keepdim = arguments(node, ("input", "dim", "keepdim"))
     value = to.map(x)
     if not isinstance(dim, (tuple, list)) or sorted(d % 4 for d in dim) != [2, 3]:
         raise Unsupported
@@ -313,7 +200,7 @@ def mean(to: Lowering, node: fx.Node) -> Value:
 @handles(F.interpolate, ops.interpolate, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def interpolate(to: Lowering, node: fx.Node) -> Value:
     names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
-    x, size, factor, mode, align, recompute, antialias = _layer_arguments(to, node, names)
+    x, size, factor, mode, align, recompute, antialias = layer_arguments(to, node, names)
     mode = mode or "nearest"
     if mode not in ("nearest", "bilinear") or recompute or antialias:
         raise Unsupported
@@ -323,7 +210,7 @@ def interpolate(to: Lowering, node: fx.Node) -> Value:
         return to.step("resize", [value], 4, (*rest, 2, 0, 0, *(float(f) for f in pair)))
     if isinstance(size, fx.Node):
         return to.step("resize", [value, _whose_size(to, size)], 4, (*rest, 1, 0, 0, 0.0, 0.0))
-    return to.step("resize", [value], 4, (*rest, 0, *_two(size), 0.0, 0.0))
+    return to.step("resize", [value], 4, (*rest, 0, *two(size), 0.0, 0.0))
 
 
 def _whose_size(to: Lowering, node: fx.Node) -> Value:
@@ -349,7 +236,7 @@ def _is_shape(node: fx.Node) -> bool:
 
 @handles(torch.cat, torch.concat)
 def cat(to: Lowering, node: fx.Node) -> Value:
-    tensors, dim = _arguments(node, ("tensors", "dim"))
+    tensors, dim = arguments(node, ("tensors", "dim"))
     if dim is None and node.kwargs.get("axis") is not None:
         dim = node.kwargs["axis"]
     if dim not in (1, -3) or not isinstance(tensors, (list, tuple)):
@@ -360,7 +247,7 @@ def cat(to: Lowering, node: fx.Node) -> Value:
 
 @handles("chunk", torch.chunk)
 def chunk(to: Lowering, node: fx.Node) -> tuple[Value, ...]:
-    x, chunks, dim = _arguments(node, ("input", "chunks", "dim"))
+    x, chunks, dim = arguments(node, ("input", "chunks", "dim"))
     value, channels = to.map(x), to.shape(x)[1]
     if dim != 1 or any(user.target is not operator.getitem for user in node.users):
         raise Unsupported
@@ -381,7 +268,7 @@ def getitem(to: Lowering, node: fx.Node) -> Value | Indices:
 
 @handles(torch.flatten, "flatten", nn.Flatten)
 def flatten(to: Lowering, node: fx.Node) -> Value:
-    x, start, end = _layer_arguments(to, node, ("start_dim", "end_dim"))
+    x, start, end = layer_arguments(to, node, ("start_dim", "end_dim"))
     value = to.value(x)
     if start != 1 or end not in (None, -1, 3) or value.rank == -4:
         raise Unsupported
@@ -444,14 +331,14 @@ def same(to: Lowering, node: fx.Node) -> Value | Grouped:
 
 @handles(F.dropout, F.dropout2d)
 def dropout(to: Lowering, node: fx.Node) -> Value:
-    x, _, training = _arguments(node, ("input", "p", "training"))
+    x, _, training = arguments(node, ("input", "p", "training"))
     if training is not False:
         raise Unsupported
     return to.value(x)
 
 
 def stochastic_depth(to: Lowering, node: fx.Node) -> Value:
-    x, _, _, training = _arguments(node, ("input", "p", "mode", "training"))
+    x, _, _, training = arguments(node, ("input", "p", "mode", "training"))
     if training is not False:
         raise Unsupported
     return to.value(x)
@@ -464,39 +351,3 @@ def add_torchvision() -> None:
         CALLS[torchvision.ops.stochastic_depth] = stochastic_depth
         CALLS[torchvision.ops.misc.FrozenBatchNorm2d] = norm
         CALLS[torchvision.ops.misc.Permute] = permute_module
-
-
-CALLS[nn.BatchNorm2d] = norm
-OPERATORS[F.local_response_norm] = ops.local_response_norm, ()
-OPERATORS[nn.LocalResponseNorm] = ops.local_response_norm, ("size", "alpha", "beta", "k")
-
-# ---- arguments -----------------------------------------------------------------------------------
-
-
-def _only(node: fx.Node):
-    if len(node.args) != 1 or node.kwargs:
-        raise Unsupported
-    return node.args[0]
-
-
-def _arguments(node: fx.Node, names: tuple[str, ...]) -> list:
-    """Positional and named ones in order, None where not given."""
-    given = [*node.args, *[None] * (len(names) - len(node.args))]
-    for name, value in node.kwargs.items():
-        if name in names:
-            given[names.index(name)] = value
-        elif value not in (None, False):
-            raise Unsupported
-    if len(given) != len(names):
-        raise Unsupported
-    return given
-
-
-def _layer_arguments(to: Lowering, node: fx.Node, names: tuple[str, ...]) -> list:
-    """The input and the named options, of a module or of a call."""
-    if node.op != "call_module":
-        return _arguments(node, ("input", *names))
-    module = to.module(node)
-    if has_hooks(module):
-        raise Unsupported
-    return [_only(node), *(getattr(module, name, None) for name in names)]

@@ -16,6 +16,7 @@ _ACTIVATIONS = {
     nn.Hardswish: "hardswish",
     nn.Hardsigmoid: "hardsigmoid",
     nn.Sigmoid: "sigmoid",
+    nn.GELU: "gelu",
     nn.Tanh: "tanh",
 }
 
@@ -24,6 +25,9 @@ class Conv2d(nn.Conv2d):
     """:class:`torch.nn.Conv2d` on :func:`fastcv.ops.conv2d`: the same arguments, state dict and results to rounding.
 
     Args: those of :class:`torch.nn.Conv2d`.
+
+    Called with ``input`` ``[N, C, H, W]`` or ``[C, H, W]``; ``residual``, of the output's shape, is added before
+    ``activation``, one of those of :func:`fastcv.ops.conv2d`, whose errors are raised too.
 
     Example:
         >>> import torch, fastcv
@@ -60,6 +64,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     Args: those of :class:`torch.nn.ConvTranspose2d`.
 
+    Called with ``input`` ``[N, C, H, W]`` or ``[C, H, W]`` and, as torch's layer, ``output_size``; ``residual``, of the
+    output's shape, is added before ``activation``, one of those of :func:`fastcv.ops.conv_transpose2d`, whose errors
+    are raised too.
+
     Example:
         >>> import torch, fastcv
         >>> layer = fastcv.nn.ConvTranspose2d(3, 8, 4, stride=2, padding=1)
@@ -92,14 +100,19 @@ class ConvNormAct(nn.Sequential):
     """A convolution, a batch norm and an activation, in one pass over the output where the norm's statistics are fixed.
 
     In evaluation mode, without gradients, the norm is folded into the convolution's weights, once, until one of them
-    changes. Otherwise the layers run one after the other.
+    changes. Otherwise, and with a convolution or activation that is not one of those below, the layers run one after
+    the other.
 
     Args:
-        conv: a :class:`torch.nn.Conv2d`.
+        conv: a :class:`fastcv.nn.Conv2d`, or another :class:`torch.nn.Conv2d`.
         norm: a :class:`torch.nn.BatchNorm2d`, :class:`fastcv.ops.FrozenBatchNorm2d` or torchvision's, or None.
-        activation: a module, or None.
+        activation: a module, or None; :class:`torch.nn.ReLU`, ``ReLU6``, ``LeakyReLU``, ``SiLU``, ``Hardswish``,
+            ``Hardsigmoid``, ``Sigmoid`` and ``GELU`` (the exact one) go into the pass.
 
     The state dict is that of ``torch.nn.Sequential(conv, norm, activation)`` without those that are None.
+
+    Raises:
+        TypeError: ``conv`` is no :class:`torch.nn.Conv2d`.
 
     Example:
         >>> import torch, fastcv
@@ -125,6 +138,7 @@ class ConvNormAct(nn.Sequential):
         batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
         fixed = norm is None or (getattr(norm, "running_var", None) is not None and not (batch and norm.training))
         known = activation is None or type(activation) in _ACTIVATIONS
+        known = known and getattr(activation, "approximate", "none") == "none"  # of GELU
         if torch.is_grad_enabled() or not (fixed and known) or not isinstance(conv, Conv2d):
             return super().forward(input)
         name = "none" if activation is None else _ACTIVATIONS[type(activation)]

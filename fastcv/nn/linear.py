@@ -5,21 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
-from .._library import implementation
 from ..ops._autograd import needs_derivatives
 from ..ops._checks import check_one_of
+from ..ops._convolution import ACTIVATIONS, kept_layout, on_kernels, tracing
 
-_ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
 _GEOMETRY = (1, [1, 1], [0, 0], [1, 1])
 _MOST_VECTORS = 4  # that the kernel "gemv" takes, which reads the weights where they lie
 _LEAST_CHANNELS = 16
 _LEAST_WEIGHTS = 1 << 20  # with fewer the call takes longer (20 us) than the kernels save
 _LEAST_OF_ONE = 1 << 22  # the same for a single vector, where torch reads the weights nearly as fast
-_compiled = implementation("conv2d", "cpu") == "compiled"
-_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Linear(nn.Linear):
@@ -30,6 +26,8 @@ class Linear(nn.Linear):
     is kept until they change (so that they take twice the memory). Otherwise the layer is torch's.
 
     Args: those of :class:`torch.nn.Linear`.
+
+    Called with ``input`` ``[..., in_features]``; gives ``[..., out_features]``.
 
     Example:
         >>> import torch, fastcv
@@ -42,17 +40,22 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
-        """``activation(input @ weight.T + bias)``, in one pass; activations are those of :func:`fastcv.ops.conv2d`."""
-        check_one_of("activation", activation, _ACTIVATIONS)
+        """``activation(input @ weight.T + bias)``, in one pass.
+
+        Raises:
+            ValueError: an activation that is not one of those of :func:`fastcv.ops.conv2d`.
+            RuntimeError: an input of wrong shape or type, as of :func:`torch.nn.functional.linear`.
+        """
+        check_one_of("activation", activation, ACTIVATIONS)
         if not self._on_kernels(input):
             return reference.conv2d.ACTIVATIONS[activation](F.linear(input, self.weight, self.bias), 0.01)
         vectors = input.reshape(-1, self.in_features).contiguous()
         count, channels = vectors.shape
         kernel = "gemv" if count <= _MOST_VECTORS else "gemm"
-        weight = self.weight.as_strided((self.out_features, channels, 1, 1), (channels, 1, 1, 1))
+        weight = _as_1x1(self.weight)
         # Vectors are the pixels of a channels-last map of one row.
         row = vectors.as_strided((1, channels, 1, count), (vectors.numel(), 1, vectors.numel(), channels))
-        prepared = weight.reshape(-1) if kernel == "gemv" else _laid_out(self.weight, weight)
+        prepared = weight.reshape(-1) if kernel == "gemv" else _laid_out(self.weight)
         with torch._C._AutoDispatchBelowAutograd():
             result = torch.ops.fastcv.conv2d.default(
                 row, weight, self.bias, None, prepared, *_GEOMETRY, activation, 0.01, kernel
@@ -61,14 +64,12 @@ class Linear(nn.Linear):
 
     def _on_kernels(self, input: Tensor) -> bool:
         weight, bias = self.weight, self.bias
-        if not _compiled or weight.numel() < _LEAST_WEIGHTS or self.in_features < _LEAST_CHANNELS:
-            return False
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if weight.numel() < _LEAST_WEIGHTS or self.in_features < _LEAST_CHANNELS or tracing():
             return False
         tensors = (input, weight) if bias is None else (input, weight, bias)
         if any(type(t) not in (Tensor, nn.Parameter) for t in tensors) or torch.is_autocast_enabled("cpu"):
             return False
-        if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        if not on_kernels(*tensors):
             return False
         if input.dim() == 0 or input.shape[-1] != self.in_features or input.numel() == 0:
             return False  # torch's error, or its empty result
@@ -80,11 +81,15 @@ class Linear(nn.Linear):
         return not weight.is_inference() or input.numel() <= _MOST_VECTORS * self.in_features
 
 
-def _laid_out(key: Tensor, weight: Tensor) -> Tensor:
-    """``weight``, a view of ``key``, for the matrix product, kept while ``key`` lives and does not change."""
-    state = (key._version, key.data_ptr())
-    kept = _prepared.get(key)
-    if kept is None or kept[0] != state:
-        layout = torch.ops.fastcv.conv2d_prepare(weight.detach(), *_GEOMETRY, "gemm")
-        kept = _prepared[key] = (state, layout)
-    return kept[1]
+def _laid_out(weight: Tensor) -> Tensor:
+    """The weights of a 1x1 convolution for the matrix product; of a parameter kept while it does not change."""
+
+    def prepare(weight: Tensor) -> Tensor:
+        return torch.ops.fastcv.conv2d_prepare(_as_1x1(weight), *_GEOMETRY, "gemm")
+
+    return kept_layout(weight, ("linear",), prepare)
+
+
+def _as_1x1(weight: Tensor) -> Tensor:
+    channels = weight.shape[1]
+    return weight.as_strided((weight.shape[0], channels, 1, 1), (channels, 1, 1, 1))

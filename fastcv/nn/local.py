@@ -19,6 +19,11 @@ class LocallyConnected2d(nn.Module):
     Parameters: ``weight`` ``[OH, OW, K, C, KH, KW]`` and ``bias`` ``[K, OH, OW]``, uniform within
     ``1 / sqrt(C * KH * KW)`` on both sides of 0 at first, as a convolution's.
 
+    Called with ``[N, C, *input_size]``; gives ``[N, K, OH, OW]``.
+
+    Raises:
+        ValueError: a size that is no int or pair of ints, or a kernel that does not fit the padded input.
+
     Example:
         >>> import torch, fastcv
         >>> fastcv.nn.LocallyConnected2d(3, 8, (9, 9), 3)(torch.zeros(2, 3, 9, 9)).shape

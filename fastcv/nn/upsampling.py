@@ -61,9 +61,12 @@ class UpsampleConv2d(nn.Module):
 
     Args:
         in_channels, out_channels: of the convolution.
-        kernel_size: odd.
-        scale_factor: of the upsampling.
+        kernel_size: odd, of both axes.
+        scale_factor: of the upsampling, an int of at least 1.
         bias: whether there is one.
+
+    Called with ``[N, in_channels, H, W]``; gives ``[N, out_channels, H * scale_factor, W * scale_factor]``. Errors are
+    those of :func:`fastcv.ops.upsample_conv2d`, at the call.
 
     Example:
         >>> import torch, fastcv

@@ -12,24 +12,20 @@ torch's convolution elsewhere. So does the gradient of the input; those of weigh
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
-from .._library import LIBRARY, define, implementation
-from ._autograd import needs_derivatives, register_autograd
+from .._library import LIBRARY, define
+from ._autograd import needs_derivatives
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
+from ._conv2d_training import input_gradient, training_kernel
+from ._convolution import ACTIVATIONS, kept_layout, on_kernels, register_convolution, tracing
 
 KERNELS = (
     *("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16"),
     *("winograd_6x6", "winograd_5x5", "winograd_5x5_4x4", "winograd_3x3"),
 )
-ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
 
 _GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 define(
@@ -38,12 +34,7 @@ define(
     reference.conv2d.conv2d,
 )
 define(f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor", reference.conv2d.conv2d_prepare)
-define(
-    "conv2d_input_gradient(Tensor grad, Tensor weight, SymInt[2] padding, str kernel) -> Tensor",
-    reference.conv2d.conv2d_input_gradient,
-)
 define(f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", reference.conv2d.conv2d_kernel)
-_compiled = implementation("conv2d", "cpu") == "compiled"
 
 
 def conv2d(
@@ -64,10 +55,12 @@ def conv2d(
 ) -> Tensor:
     """``activation(conv(input, weight, bias) * scale + shift + residual)``, in one pass over the output.
 
+    Source of the Winograd kernels: Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016.
+
     Args:
-        input: ``[N, C, H, W]``, contiguous or channels-last.
-        weight: ``[K, C / groups, KH, KW]``.
-        bias: ``[K]``.
+        input: ``[N, C, H, W]``, any floating type (kernels: float32), contiguous or channels-last.
+        weight: ``[K, C / groups, KH, KW]``, of the input's type, but under autocast.
+        bias: ``[K]``, as the weight.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding also ``"valid"`` or, with
             stride 1, ``"same"``.
         scale, shift: ``[K]``, such as a batch norm's; they are folded into weights and bias at every call, so fold them
@@ -95,7 +88,8 @@ def conv2d(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
-        RuntimeError: a kernel that does not serve this convolution.
+        RuntimeError: a kernel that does not serve this convolution, an input smaller than the kernel, a residual not of
+            the output's shape, weight or bias not of the input's type.
 
     Example:
         >>> import torch, fastcv
@@ -115,11 +109,11 @@ def conv2d(
             bias = None if bias is None else bias * scale
         if shift is not None:
             bias = shift if bias is None else bias + shift
-        if not _on_kernels(input, weight, bias, residual):
+        if not on_kernels(input, weight, bias, residual):
             return reference.conv2d.conv2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
             )
-        if _tracing():  # weights stand for others
+        if tracing():  # weights stand for others
             return torch.ops.fastcv.conv2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, kernel
             )
@@ -154,7 +148,7 @@ def _remember(kept: dict, key: tuple | None, value) -> None:
 def _key(input, weight, bias, residual, options) -> tuple | None:
     """What the checks look at, where it is short: for tensors that the compiled kernels take."""
     try:
-        if _tracing() or not _on_kernels(input, weight, bias, residual):
+        if tracing() or not on_kernels(input, weight, bias, residual):
             return None
         shapes = (input.shape, weight.shape, bias if bias is None else bias.shape)
         key = (*shapes, residual if residual is None else residual.shape, *options)
@@ -162,10 +156,6 @@ def _key(input, weight, bias, residual, options) -> tuple | None:
         return key
     except (AttributeError, TypeError):  # not tensors, or options in lists
         return None
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _check(input, weight, bias, residual, scale, shift, stride, padding, dilation, groups, activation, kernel) -> tuple:
@@ -188,6 +178,17 @@ def _check(input, weight, bias, residual, scale, shift, stride, padding, dilatio
     check_one_of("kernel", kernel, ("auto", *KERNELS))
     stride, dilation = list(pair("stride", stride)), list(pair("dilation", dilation))
     return groups, stride, _padding(padding, weight.shape[2:], stride, dilation), dilation
+
+
+def _train(input: Tensor, weight: Tensor, bias, residual, geometry, activation: str, slope: float) -> Tensor:
+    """The activation stays outside of the operator, whose derivative would compute the convolution again for it."""
+    kernel = training_kernel(input, weight, geometry)
+    if kernel == "torch":
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, slope, "")
+    result = torch.ops.fastcv.conv2d(input, weight, bias, None, None, *geometry, "none", 0.0, kernel)
+    if residual is not None:
+        result = result + residual
+    return reference.conv2d.ACTIVATIONS[activation](result, slope)
 
 
 def _choose(input: Tensor, weight: Tensor, geometry) -> str:
@@ -216,17 +217,6 @@ def _padding(padding, size, stride, dilation) -> list[int]:
     return list(pair("padding", padding, minimum=0))
 
 
-def _on_kernels(*tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels take these."""
-    for t in tensors:  # a plain loop: all() would take a third of a small call
-        if t is not None and not (t.dtype is torch.float32 and t.is_cpu):
-            return False
-    return _compiled
-
-
-_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kernel: str) -> Tensor:
     """``weight`` laid out for ``kernel``, from the cache where it was not changed since."""
 
@@ -234,20 +224,6 @@ def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kern
         return torch.ops.fastcv.conv2d_prepare(weight, groups, stride, padding, dilation, kernel)
 
     return kept_layout(weight, (kernel, groups), prepare)
-
-
-def kept_layout(weight: Tensor, name: tuple, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """``prepare(weight)``, kept under ``name`` while the weight lives and is not changed."""
-    if weight.is_inference():  # counts no changes
-        return prepare(weight.detach())
-    key = (weight._version, weight.data_ptr())
-    kept = _prepared.get(weight)
-    if kept is None or kept[0] != key:
-        kept = _prepared[weight] = (key, {})
-    layout = kept[1].get(name)
-    if layout is None:
-        layout = kept[1][name] = prepare(weight.detach())
-    return layout
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
@@ -269,202 +245,4 @@ def _(weight, groups, stride, padding, dilation, kernel):
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
-@torch.library.register_fake("fastcv::conv2d_input_gradient", lib=LIBRARY)
-def _(grad, weight, padding, kernel):
-    size = [n + k - 1 - 2 * p for n, k, p in zip(grad.shape[2:], weight.shape[2:], padding, strict=True)]
-    memory_format = torch._prims_common.suggest_memory_format(grad)
-    return grad.new_empty((grad.shape[0], weight.shape[1], *size)).contiguous(memory_format=memory_format)
-
-
-# ---- training ------------------------------------------------------------------------------------
-
-
-# A kernel must win by more than the model of _training_kernel can be off.
-_MARGIN = 0.8
-
-
-@functools.lru_cache(maxsize=4096)
-def _training_kernel(
-    images: int,
-    channels: int,
-    outputs: int,
-    height: int,
-    width: int,
-    channels_last: bool,
-    transposed: bool,
-    threads: int,
-) -> str:
-    """Kernel of a 3x3 convolution with stride 1 whose weights are used once; ``height`` and ``width`` of its output.
-
-    A model of its time in units of 20 ps of one core, in which torch multiplies and adds once (Zen 4; cores that take
-    longer do so for all terms):
-
-    * torch: 9 for each pixel and pair of channels;
-    * Winograd: 1.25 (2 x 2: 1.05) times (M + 2)^2 for each tile and pair of channels, and the transforms of
-      (M + 2)^2 elements, 7 for each channel and output;
-    * weights of a pair of channels: 1800 to lay out for tiles of 4 x 4, 900 for 2 x 2, and 900 to transpose;
-    * contiguous memory: 60 for each number of input and output;
-    * 200 us for an operator and its derivative in Python, and for torch's that no longer share work.
-    """
-    pixels, lanes = images * height * width, [16 * -(-n // 16) for n in (channels, outputs)]
-    best, kernel = _MARGIN * 9 * pixels * channels * lanes[1] / threads, "torch"
-    moved = 0 if channels_last else 60 * pixels * (channels + outputs)
-    for name, m, rate, layout in (("winograd", 4, 1.25, 1800), ("winograd_2x2", 2, 1.05, 900)):
-        elements = images * -(-height // m) * -(-width // m) * (m + 2) ** 2
-        products = rate * elements * (channels * lanes[1] + 7 * sum(lanes))
-        weights = (layout + 900 * transposed) * channels * outputs
-        cost = (products + weights + moved) / threads + 10e6
-        if cost < best:
-            best, kernel = cost, name
-    return kernel
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last)
-
-
-def _train(input: Tensor, weight: Tensor, bias, residual, geometry, activation: str, slope: float) -> Tensor:
-    """The activation stays outside of the operator, whose derivative would compute the convolution again for it."""
-    kernel = "torch"
-    groups, stride, padding, dilation = geometry
-    if groups == 1 and stride == dilation == [1, 1] and weight.shape[2:] == (3, 3):
-        size = [n + 2 * p - 2 for n, p in zip(input.shape[2:], padding, strict=True)]
-        shape = (*input.shape[:2], weight.shape[0], *size)
-        kernel = _training_kernel(*shape, _is_channels_last(input), False, torch.get_num_threads())
-    if kernel == "torch":
-        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, slope, "")
-    result = torch.ops.fastcv.conv2d(input, weight, bias, None, None, *geometry, "none", 0.0, kernel)
-    if residual is not None:
-        result = result + residual
-    return reference.conv2d.ACTIVATIONS[activation](result, slope)
-
-
-def _input_gradient_kernel(grad: Tensor, weight: Tensor, geometry) -> str:
-    """Kernel of the gradient of the input, ``"torch"`` for ``convolution_backward``."""
-    groups, stride, padding, dilation = geometry
-    if not (groups == 1 and list(stride) == list(dilation) == [1, 1] and tuple(weight.shape[2:]) == (3, 3)):
-        return "torch"
-    # A transform or a tracer has rules for torch's operators.
-    plain = torch._C._functorch.peek_interpreter_stack() is None and type(grad) in (Tensor, torch.nn.Parameter)
-    if not plain or torch.compiler.is_compiling() or max(padding) > 2 or not _on_kernels(grad, weight):
-        return "torch"
-    size = [n + 2 - 2 * p for n, p in zip(grad.shape[2:], padding, strict=True)]
-    shape = (*grad.shape[:2], weight.shape[1], *size)
-    return _training_kernel(*shape, _is_channels_last(grad), True, torch.get_num_threads())
-
-
-# ---- derivatives ---------------------------------------------------------------------------------
-
-
-def slope_of(activation: str, x: Tensor, slope: float) -> Tensor | float:
-    """The derivative of an activation, of operators that have derivatives themselves."""
-    if activation == "none":
-        return 1.0
-    if activation == "relu":
-        return (x > 0).to(x.dtype)
-    if activation == "relu6":
-        return ((x > 0) & (x < 6)).to(x.dtype)
-    if activation == "leaky_relu":
-        return torch.where(x > 0, 1.0, slope).to(x.dtype)
-    if activation == "hardsigmoid":
-        return ((x > -3) & (x < 3)).to(x.dtype) / 6
-    if activation == "hardswish":
-        return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5))
-    if activation == "gelu":
-        return torch.special.ndtr(x) + x * (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
-    if activation == "tanh":
-        return 1 - x.tanh().square()
-    s = x.sigmoid()
-    return s * (1 - s) if activation == "sigmoid" else s * (1 + x * (1 - s))
-
-
-def _setup(ctx, inputs, output):
-    input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.slope, ctx.kernel = inputs
-    ctx.save_for_backward(input, weight, bias, residual)
-    ctx.save_for_forward(input, weight, bias, residual)
-
-
-def _before_activation(ctx):
-    if ctx.activation == "none":
-        return None
-    return torch.ops.fastcv.conv2d(*ctx.saved_tensors, None, *ctx.geometry, "none", 0.0, ctx.kernel)
-
-
-def _backward(ctx, grad):
-    input, weight, bias, _ = ctx.saved_tensors
-    groups, stride, padding, dilation = ctx.geometry
-    needs = ctx.needs_input_grad
-    if ctx.activation != "none":
-        grad = grad * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
-    mask = [needs[0], needs[1], bias is not None and needs[2]]
-    kernel = _input_gradient_kernel(grad, weight, ctx.geometry) if needs[0] else "torch"
-    d_input = None if kernel == "torch" else torch.ops.fastcv.conv2d_input_gradient(grad, weight, padding, kernel)
-    mask[0] = needs[0] and d_input is None
-    d_others = [None] * 3
-    if any(mask):
-        sizes = None if bias is None else list(bias.shape)
-        gradients = torch.ops.aten.convolution_backward(
-            grad, input, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask
-        )
-        d_others = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
-    if d_input is not None:
-        d_others[0] = d_input
-    return *d_others, grad if needs[3] else None, *[None] * 8
-
-
-def _jvp(ctx, *tangents):
-    input, weight, _, _ = ctx.saved_tensors
-    d_input, d_weight, d_bias, d_residual, *_ = tangents
-
-    def conv(x, w):
-        return torch.ops.fastcv.conv2d(x, w, None, None, None, *ctx.geometry, "none", 0.0, ctx.kernel)
-
-    terms = [] if d_residual is None else [d_residual]
-    if d_input is not None:
-        terms.append(conv(d_input, weight))
-    if d_weight is not None:
-        terms.append(conv(input, d_weight))
-    if d_bias is not None:
-        terms.append(d_bias[:, None, None].expand_as(conv(input, weight)))
-    return sum(terms[1:], terms[0]) * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
-
-
-register_autograd("conv2d", setup_context=_setup, backward=_backward, jvp=_jvp)
-
-
-def _setup_input_gradient(ctx, inputs, output):
-    grad, weight, ctx.padding, ctx.kernel = inputs
-    ctx.save_for_backward(grad, weight)
-    ctx.save_for_forward(grad, weight)
-
-
-def _backward_input_gradient(ctx, cotangent):
-    """Linear in both arguments; of the first it is the convolution's transpose."""
-    grad, weight = ctx.saved_tensors
-    d_grad = d_weight = None
-    if ctx.needs_input_grad[0]:
-        geometry = (1, [1, 1], ctx.padding, [1, 1])
-        d_grad = torch.ops.fastcv.conv2d(cotangent, weight, None, None, None, *geometry, "none", 0.0, ctx.kernel)
-    if ctx.needs_input_grad[1]:
-        _, d_weight, _ = torch.ops.aten.convolution_backward(
-            grad, cotangent, weight, None, [1, 1], ctx.padding, [1, 1], False, [0, 0], 1, [False, True, False]
-        )
-    return d_grad, d_weight, None, None
-
-
-def _jvp_input_gradient(ctx, d_grad, d_weight, *_):
-    grad, weight = ctx.saved_tensors
-    terms = []
-    if d_grad is not None:
-        terms.append(torch.ops.fastcv.conv2d_input_gradient(d_grad, weight, ctx.padding, ctx.kernel))
-    if d_weight is not None:
-        terms.append(torch.ops.fastcv.conv2d_input_gradient(grad, d_weight, ctx.padding, ctx.kernel))
-    return sum(terms[1:], terms[0])
-
-
-register_autograd(
-    "conv2d_input_gradient",
-    setup_context=_setup_input_gradient,
-    backward=_backward_input_gradient,
-    jvp=_jvp_input_gradient,
-)
+register_convolution("conv2d", input_gradient)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from .._library import LIBRARY, define, implementation
-from ._autograd import needs_derivatives, register_autograd
+from .._library import LIBRARY, define
+from ._autograd import needs_derivatives
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
-from .conv2d import ACTIVATIONS, conv2d, kept_layout, slope_of
+from ._convolution import ACTIVATIONS, kept_layout, on_kernels, register_convolution, tracing
+from .conv2d import conv2d
 
 # In the order of TransposedKernel in csrc/conv_transpose2d/conv_transpose2d_plan.h.
 KERNELS = (
@@ -42,7 +43,6 @@ define(
     _reference.conv_transpose2d_prepare,
 )
 define(f"conv_transpose2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", _reference.conv_transpose2d_kernel)
-_compiled = implementation("conv_transpose2d", "cpu") == "compiled"
 
 
 def conv_transpose2d(
@@ -67,9 +67,9 @@ def conv_transpose2d(
     no zeros between pixels are multiplied and no intermediate map is made.
 
     Args:
-        input: ``[N, C, H, W]``, contiguous or channels-last.
-        weight: ``[C, K / groups, KH, KW]``.
-        bias: ``[K]``.
+        input: ``[N, C, H, W]``, any floating type (kernels: float32), contiguous or channels-last.
+        weight: ``[C, K / groups, KH, KW]``, of the input's type, but under autocast.
+        bias: ``[K]``, as the weight.
         stride, padding, output_padding, groups, dilation: as in :func:`torch.nn.functional.conv_transpose2d`.
         residual: of the output's shape, added before the activation.
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``,
@@ -88,7 +88,8 @@ def conv_transpose2d(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device, or an empty output.
-        RuntimeError: a kernel that does not serve this convolution.
+        RuntimeError: a kernel that does not serve this convolution, a residual not of the output's shape, weight
+            or bias not of the input's type.
 
     Example:
         >>> import torch, fastcv
@@ -99,6 +100,30 @@ def conv_transpose2d(
                 [10., 29., 33., 13.],
                 [12., 24., 16.,  4.]])
     """
+    options = (stride, padding, output_padding, groups, dilation, activation, kernel)
+    geometry = _check(input, weight, bias, residual, *options)
+    if not on_kernels(input, weight, bias, residual):
+        return _reference.conv_transpose2d(
+            input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
+        )
+    rest = (*geometry, activation, negative_slope)
+    if tracing():
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, None, *rest, kernel)
+    if kernel == "auto":
+        kernel = _choose(input, weight, geometry)
+    if kernel == "torch":
+        return _reference.conv_transpose2d(input, weight, bias, residual, None, *rest, "")
+    prepared = _prepared_weight(input, weight, geometry, kernel)
+    if needs_derivatives(input, weight, bias, residual):
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, prepared, *rest, kernel)
+    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
+        return torch.ops.fastcv.conv_transpose2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+
+
+def _check(
+    input, weight, bias, residual, stride, padding, output_padding, groups, dilation, activation, kernel
+) -> tuple:
+    """Raises where arguments do not fit; else groups, stride, padding, output padding and dilation as numbers."""
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
@@ -119,38 +144,16 @@ def conv_transpose2d(
     for extra, s, d in zip(output_padding, stride, dilation, strict=True):
         if extra >= s and extra >= d:
             raise ValueError(f"output_padding: expected less than stride or dilation, {max(s, d)}, got {extra}")
-    geometry = (groups, stride, padding, output_padding, dilation)
-    size = _output_size(input, weight, *geometry[1:])
+    size = _output_size(input, weight, stride, padding, output_padding, dilation)
     if size[0] < 1 or size[1] < 1 or input.shape[2] < 1 or input.shape[3] < 1:
         raise ValueError(f"input: expected a size that gives an output, got {list(input.shape)} for one of {size}")
-    if not _on_kernels(input, weight, bias, residual):
-        return _reference.conv_transpose2d(
-            input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
-        )
-    rest = (*geometry, activation, negative_slope)
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, None, *rest, kernel)
-    if kernel == "auto":
-        kernel = _choose(input, weight, geometry)
-    if kernel == "torch":
-        return _reference.conv_transpose2d(input, weight, bias, residual, None, *rest, "")
-    prepared = _prepared_weight(input, weight, geometry, kernel)
-    if needs_derivatives(input, weight, bias, residual):
-        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, prepared, *rest, kernel)
-    with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
-        return torch.ops.fastcv.conv_transpose2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+    return groups, stride, padding, output_padding, dilation
 
 
 def _choose(input: Tensor, weight: Tensor, geometry) -> str:
     if weight.requires_grad and torch.is_grad_enabled():
         return "torch"
     return KERNELS[torch.ops.fastcv.conv_transpose2d_kernel(input, weight, *geometry)]
-
-
-def _on_kernels(*tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels take these."""
-    given = [t for t in tensors if t is not None]
-    return _compiled and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
 
 
 def _prepared_weight(input: Tensor, weight: Tensor, geometry, kernel: str) -> Tensor:
@@ -188,56 +191,13 @@ def _(input, weight, groups, stride, padding, output_padding, dilation, kernel):
 # ---- derivatives ---------------------------------------------------------------------------------
 
 
-def _setup(ctx, inputs, output):
-    input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.slope, ctx.kernel = inputs
-    ctx.save_for_backward(input, weight, bias, residual)
-    ctx.save_for_forward(input, weight, bias, residual)
-
-
-def _before_activation(ctx):
-    if ctx.activation == "none":
+def _input_gradient(grad, input, weight, geometry, needs):
+    """Weights at rest are laid out once for the convolution that the gradient of the input is."""
+    if needs[1] or type(weight) not in (Tensor, nn.Parameter):
         return None
-    return torch.ops.fastcv.conv_transpose2d(*ctx.saved_tensors, None, *ctx.geometry, "none", 0.0, ctx.kernel)
+    groups, stride, padding, _, dilation = geometry
+    d_input = conv2d(grad, weight, None, stride, padding, dilation, groups)
+    return d_input[:, :, : input.shape[2], : input.shape[3]]  # more where output_padding >= stride
 
 
-def _backward(ctx, grad):
-    input, weight, bias, _ = ctx.saved_tensors
-    groups, stride, padding, output_padding, dilation = ctx.geometry
-    needs = ctx.needs_input_grad
-    if ctx.activation != "none":
-        grad = grad * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
-    mask = [needs[0], needs[1], bias is not None and needs[2]]
-    d_input = None
-    # Weights at rest are laid out once for the convolution that the gradient of the input is.
-    if needs[0] and not needs[1] and type(weight) in (Tensor, nn.Parameter):
-        d_input = conv2d(grad, weight, None, stride, padding, dilation, groups)
-        d_input = d_input[:, :, : input.shape[2], : input.shape[3]]  # more where output_padding >= stride
-        mask[0] = False
-    gradients = [None] * 3
-    if any(mask):
-        sizes = None if bias is None else list(bias.shape)
-        gradients = torch.ops.aten.convolution_backward(
-            grad, input, weight, sizes, stride, padding, dilation, True, output_padding, groups, mask
-        )
-    gradients = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
-    return d_input if d_input is not None else gradients[0], *gradients[1:], grad if needs[3] else None, *[None] * 9
-
-
-def _jvp(ctx, *tangents):
-    input, weight, _, _ = ctx.saved_tensors
-    d_input, d_weight, d_bias, d_residual, *_ = tangents
-
-    def conv(x, w):
-        return torch.ops.fastcv.conv_transpose2d(x, w, None, None, None, *ctx.geometry, "none", 0.0, ctx.kernel)
-
-    terms = [] if d_residual is None else [d_residual]
-    if d_input is not None:
-        terms.append(conv(d_input, weight))
-    if d_weight is not None:
-        terms.append(conv(input, d_weight))
-    if d_bias is not None:
-        terms.append(d_bias[:, None, None].expand_as(conv(input, weight)))
-    return sum(terms[1:], terms[0]) * slope_of(ctx.activation, _before_activation(ctx), ctx.slope)
-
-
-register_autograd("conv_transpose2d", setup_context=_setup, backward=_backward, jvp=_jvp)
+register_convolution("conv_transpose2d", _input_gradient)

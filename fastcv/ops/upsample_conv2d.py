@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_shape
+from ._convolution import kept_layout, tracing
 from .conv2d import conv2d
 
 
@@ -45,7 +45,7 @@ def upsample_conv2d(
         added before they are multiplied). Differentiable with respect to all tensors, in both modes, twice.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape or device.
+        TypeError, ValueError: an argument of wrong type, shape or device, a kernel of even size, a factor below 1.
 
     Example:
         >>> import torch, fastcv
@@ -95,18 +95,13 @@ def _summed(weight: Tensor, scale: int) -> Tensor:
     return torch.einsum("ptk,qul,ockl->opqctu", rows, columns, weight).flatten(0, 2)
 
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def _phase_weight(weight: Tensor, scale: int) -> Tensor:
     """:func:`_summed`; of fixed weights kept, so that what :func:`conv2d` lays out is kept as well."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if tracing() or needs_derivatives(weight) or weight.is_inference():
         return _summed(weight, scale)
-    if needs_derivatives(weight) or weight.is_inference():
-        return _summed(weight, scale)
-    key = (weight._version, weight.data_ptr(), scale)
-    kept = _kept.get(weight)
-    if kept is None or kept[0] != key:
-        with torch.inference_mode(False):
-            kept = _kept[weight] = (key, _summed(weight.detach(), scale))
-    return kept[1]
+
+    def prepare(weight: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # a tensor that counts its changes
+            return _summed(weight, scale)
+
+    return kept_layout(weight, ("phases", scale), prepare)

@@ -22,6 +22,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+def cast(input: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+    """``weights``, under autocast in the type of ``input``, which a layer before may have computed in a smaller one."""
+    if not torch.is_autocast_enabled(input.device.type):
+        return list(weights)
+    return [None if w is None else w.to(input.dtype) for w in weights]
+
+
+def epilogue(result: Tensor, residual: Tensor | None, activation: str, slope: float, input: Tensor) -> Tensor:
+    """``activation(result + residual)``, in the memory format of ``input``."""
+    if residual is not None:
+        if residual.shape != result.shape:
+            raise RuntimeError(
+                f"residual: expected the output's shape {list(result.shape)}, got {list(residual.shape)}"
+            )
+        result = result + residual
+    memory_format = torch._prims_common.suggest_memory_format(input)
+    return ACTIVATIONS[activation](result, slope).contiguous(memory_format=memory_format)
+
+
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -36,12 +55,10 @@ def conv2d(
     slope: float,
     kernel: str,
 ) -> Tensor:
+    weight, bias = cast(input, weight, bias)
     with torch.autocast(input.device.type, enabled=False):
         result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        if residual is not None:
-            result = result + residual
-        result = ACTIVATIONS[activation](result, slope)
-    return result.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+        return epilogue(result, residual, activation, slope, input)
 
 
 def conv2d_prepare(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv2d import ACTIVATIONS
+from .conv2d import cast, epilogue
 
 
 def conv_transpose2d(
@@ -24,12 +24,10 @@ def conv_transpose2d(
     slope: float,
     kernel: str,
 ) -> Tensor:
+    weight, bias = cast(input, weight, bias)
     with torch.autocast(input.device.type, enabled=False):
         result = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        if residual is not None:
-            result = result + residual
-        result = ACTIVATIONS[activation](result, slope)
-    return result.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+        return epilogue(result, residual, activation, slope, input)
 
 
 def conv_transpose2d_prepare(

@@ -1,7 +1,6 @@
 """Programs: every step against torch's layers, sizes that change, memory, threads, and numbers that make no program."""
 
 import gc
-import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from threading import Thread
@@ -14,7 +13,6 @@ from torch import nn
 import fastcv
 from fastcv.accelerate._compile import backend
 from fastcv.accelerate._table import program_table
-from fastcv.ops.conv2d import KERNELS
 
 if fastcv.build_info()["operators"]["conv2d"]["cpu"] != "compiled":
     pytest.skip("the compiled part is not built", allow_module_level=True)
@@ -97,22 +95,31 @@ STEPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_steps(name, channels_last):
-    torch.manual_seed(0)
-    model = Function(STEPS[name]).eval()
+def assert_alike(fast, model, *inputs, tolerance=2e-5):
+    """Twice each: the first call with a size plans for it."""
+    with torch.inference_mode():
+        for x in inputs:
+            for _ in range(2):
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=tolerance)
+
+
+def randomise_norms(model):
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps(name):
+    torch.manual_seed(0)
+    model = randomise_norms(Function(STEPS[name]).eval())
     fast = fastcv.accelerate(model)
-    for size in ((2, 12, 17, 13), (1, 12, 40, 33), (3, 12, 9, 9), (2, 12, 17, 13)):
-        x = torch.randn(size)
-        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-        with torch.inference_mode():
-            for _ in range(2):
-                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=2e-5)
+    maps = [torch.randn(size) for size in ((2, 12, 17, 13), (1, 12, 40, 33), (3, 12, 9, 9), (2, 12, 17, 13))]
+    maps[1:3] = [x.contiguous(memory_format=torch.channels_last) for x in maps[1:3]]
+    maps.append(maps[0].contiguous(memory_format=torch.channels_last))
+    assert_alike(fast, model, *maps)
     assert len(fast.fastcv_report.parts) == 1 and not fast.fastcv_report.left
 
 
@@ -122,10 +129,8 @@ def programs(fast):
 
 def test_layers_between_programs_stay_with_torch():
     model = Function(lambda x: torch.cumsum(x, 2) * x.sigmoid()).eval()
-    fast, x = fastcv.accelerate(model), torch.randn(2, 12, 5, 6)
-    with torch.inference_mode():
-        for _ in range(2):
-            torch.testing.assert_close(fast(x), model(x))
+    fast = fastcv.accelerate(model)
+    assert_alike(fast, model, torch.randn(2, 12, 5, 6))
     assert len(programs(fast)) == 2 and fast.fastcv_report.parts[0].torch_calls[:1] == ["cumsum"]
 
 
@@ -153,11 +158,7 @@ def test_layer_norm_and_linear_layers():
         Block(20), Block(20), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(80, 7), nn.ReLU()
     ).eval()
     fast = fastcv.accelerate(model)
-    with torch.inference_mode():
-        for n in (2, 1, 5):
-            x = torch.randn(n, 20, 11, 8)
-            for _ in range(2):
-                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-4)
+    assert_alike(fast, model, *(torch.randn(n, 20, 11, 8) for n in (2, 1, 5)), tolerance=1e-4)
     assert [s.op for s in programs(fast)[0].listing.steps].count("conv") == 7  # scale and addition are taken up
     assert len(programs(fast)[0].listing.steps) == 11
 
@@ -185,15 +186,13 @@ def test_inputs_may_be_pieces_of_others():
     model = Function(nn.ReLU()).eval()
     fast = fastcv.accelerate(model)
     whole = torch.randn(2, 20, 9, 9).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        for x in (
-            whole[:, :12],
-            whole[:, 3:15, 2:, ::2],
-            whole[:, :12].contiguous()[:, :, 1:],
-            whole[:1, :12].expand(3, -1, -1, -1),
-        ):
-            for _ in range(2):
-                torch.testing.assert_close(fast(x), model(x))
+    pieces = (
+        whole[:, :12],
+        whole[:, 3:15, 2:, ::2],
+        whole[:, :12].contiguous()[:, :, 1:],
+        whole[:1, :12].expand(3, -1, -1, -1),
+    )
+    assert_alike(fast, model, *pieces)
 
 
 def test_empty_batches():
@@ -237,9 +236,7 @@ def test_any_number_of_threads(threads):
     fast, x = fastcv.accelerate(model), torch.randn(2, 12, 60, 50)
     try:
         torch.set_num_threads(threads)
-        with torch.inference_mode():
-            for _ in range(3):
-                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+        assert_alike(fast, model, x, x)
     finally:
         torch.set_num_threads(before)
 
@@ -289,16 +286,9 @@ def test_generator_of_one_pixel():
     for c, k, stride, padding in ((20, 48, 1, 0), (48, 32, 2, 1)):
         layers += [nn.ConvTranspose2d(c, k, 4, stride, padding, bias=False), nn.BatchNorm2d(k), nn.ReLU(True)]
     model = nn.Sequential(*layers, nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Sigmoid()).eval()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
-    fast = fastcv.accelerate(model)
-    with torch.inference_mode():
-        for n in (2, 5, 1):
-            x = torch.randn(n, 20, 1, 1)
-            for _ in range(2):
-                torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=2e-5)
+    fast = fastcv.accelerate(randomise_norms(model))
+    x = torch.randn(5, 20, 1, 1)
+    assert_alike(fast, model, x[:2], x, x[:1])
     (program,) = programs(fast)
     assert len(program.listing.steps) == program.convolutions == 3
     assert "transposed 4x4/2" in program_table(program, x)
@@ -488,10 +478,8 @@ def test_programs_are_printed():
 
 def test_prelu():
     model = Function(nn.Sequential(nn.PReLU(12), nn.PReLU())).eval()
-    fast, x = fastcv.accelerate(model), torch.randn(2, 12, 9, 9)
-    with torch.inference_mode():
-        for _ in range(2):
-            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    fast = fastcv.accelerate(model)
+    assert_alike(fast, model, torch.randn(2, 12, 9, 9))
     assert [s.op for s in programs(fast)[0].listing.steps] == ["conv", "prelu", "prelu", "conv"]
 
 
@@ -511,69 +499,3 @@ def test_bfloat16_rounds_operands():
             result = fast(x)
             assert result.dtype == torch.float32
             assert (result - expected).abs().max() <= 0.02 * expected.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("size", "pixels", "expected"),
-    [
-        (3, 114, {"default": "winograd", "highest": "gemm", "fast": "winograd_6x6"}),
-        (3, 14, {"default": "winograd", "highest": "gemm", "fast": "winograd"}),
-        (5, 40, {"default": "winograd_5x5", "highest": "gemm", "fast": "winograd_5x5_4x4"}),
-    ],
-)
-def test_precision_chooses_winograds_tiles(size, pixels, expected):
-    model = nn.Sequential(nn.Conv2d(32, 32, size, padding=size // 2)).eval()
-    x = torch.randn(1, 32, pixels, pixels)
-    kernels = {}
-    for precision in ("default", "highest", "fast"):
-        fast = fastcv.accelerate(model, precision=precision)
-        with torch.inference_mode():
-            exact = F.conv2d(x.double(), model[0].weight.double(), model[0].bias.double(), padding=size // 2)
-            assert (fast(x) - exact).abs().max() <= (5e-5 if precision == "fast" else 1e-5) * exact.abs().max()
-            kernels[precision] = KERNELS[programs(fast)[0].profile(x)[0, 1]]
-    assert kernels == expected
-
-
-def test_wrong_precision_and_type():
-    model = nn.Sequential(nn.Conv2d(8, 8, 3))
-    for precision in ("highest", "fast"):
-        with pytest.raises(ValueError, match='expected "default", or in float32 "highest" or "fast"'):
-            fastcv.accelerate(model, dtype=torch.bfloat16, precision=precision)
-    with pytest.raises(ValueError, match=r"precision: expected .* got 'faster'"):
-        fastcv.accelerate(model, precision="faster")
-    with pytest.raises(ValueError, match=r"expected torch.float32 or torch.bfloat16, got torch.float16"):
-        fastcv.accelerate(model, dtype=torch.float16)
-
-
-def test_tuning(tmp_path):
-    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 40, 1)).eval()
-    fast, x = fastcv.accelerate(model), torch.randn(1, 16, 30, 31)
-    with torch.inference_mode():
-        expected = model(x)
-    for choice in fastcv.tune(fast, x, file=tmp_path / "choices.json", rounds=2):
-        assert choice["times_as_fast"] > 1
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
-    shape = {"input": [1, 16, 30, 31], "weight": [16, 16, 3, 3], "groups": 1}
-    shape |= {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
-    file = tmp_path / "other.json"
-
-    def kernel_after(name):
-        file.write_text(json.dumps([{**shape, "kernel": name}]))
-        fastcv.load_tuning(file)
-        with torch.inference_mode():
-            fast = fastcv.accelerate(model)
-            fast(x)
-            torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
-            return KERNELS[programs(fast)[0].profile(x)[0, 1]]
-
-    assert kernel_after("winograd_2x2") == "winograd_2x2"
-    assert kernel_after("gemm") == "gemm"
-    assert kernel_after("auto") == "winograd"
-    with pytest.raises(ValueError, match="does not hold choices"):
-        kernel_after("depthwise")
-    file.write_text("nothing")
-    with pytest.raises(ValueError, match="is not JSON"):
-        fastcv.load_tuning(file)
-    with pytest.raises(TypeError, match=r"expected what fastcv\.accelerate returned, got Sequential"):
-        fastcv.tune(model, x)

@@ -4,17 +4,10 @@ import copy
 
 import pytest
 import torch
+from layer_cases import NEAR, check_convolution, pair, train_a_step
 from torch import nn
 
 import fastcv
-
-
-def pair(*args, **kwargs):
-    torch.manual_seed(0)
-    theirs = nn.Conv2d(*args, **kwargs)
-    mine = fastcv.nn.Conv2d(*args, **kwargs)
-    mine.load_state_dict(theirs.state_dict())
-    return mine, theirs
 
 
 @pytest.mark.parametrize(
@@ -32,18 +25,8 @@ def pair(*args, **kwargs):
     ],
 )
 def test_conv2d(options):
-    mine, theirs = pair(8, 12, **options)
-    x = torch.randn(2, 8, 11, 13, requires_grad=True)
-    expected = theirs(x)
-    torch.testing.assert_close(mine(x), expected, rtol=1e-4, atol=1e-5)
-    with torch.inference_mode():
-        torch.testing.assert_close(mine(x), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mine(x[0]), expected[0], rtol=1e-4, atol=1e-5)
-    v = torch.randn_like(expected)
-    ours = torch.autograd.grad((mine(x) * v).sum(), [x, *mine.parameters()])
-    others = torch.autograd.grad((expected * v).sum(), [x, *theirs.parameters()])
-    torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-4)
-    assert repr(mine) == repr(theirs)
+    mine, theirs = pair("Conv2d", 8, 12, **options)
+    check_convolution(mine, theirs, torch.randn(2, 8, 11, 13, requires_grad=True))
 
 
 @pytest.mark.parametrize(
@@ -56,39 +39,33 @@ def test_conv2d(options):
     ],
 )
 def test_conv_transpose2d(options):
-    torch.manual_seed(0)
-    theirs, mine = nn.ConvTranspose2d(8, 12, **options), fastcv.nn.ConvTranspose2d(8, 12, **options)
-    mine.load_state_dict(theirs.state_dict())
+    mine, theirs = pair("ConvTranspose2d", 8, 12, **options)
     x = torch.randn(2, 8, 7, 6, requires_grad=True)
-    expected = theirs(x)
-    torch.testing.assert_close(mine(x), expected, rtol=1e-4, atol=1e-5)
-    with torch.inference_mode():
-        torch.testing.assert_close(mine(x), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mine(x[0]), expected[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            mine(x, activation="relu", residual=expected), (2 * expected).relu(), rtol=1e-4, atol=1e-5
-        )
-        if options.get("stride") == 2:
-            size = [n + 1 for n in expected.shape[2:]]
-            torch.testing.assert_close(mine(x, output_size=size), theirs(x, output_size=size), rtol=1e-4, atol=1e-5)
-    v = torch.randn_like(expected)
-    ours = torch.autograd.grad((mine(x) * v).sum(), [x, *mine.parameters()])
-    others = torch.autograd.grad((expected * v).sum(), [x, *theirs.parameters()])
-    torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-4)
-    assert repr(mine) == repr(theirs)
+    expected = check_convolution(mine, theirs, x)
+    if options.get("stride") == 2:
+        size = [n + 1 for n in expected.shape[2:]]
+        torch.testing.assert_close(mine(x, output_size=size), theirs(x, output_size=size), **NEAR)
 
 
-def test_training_step_is_seen_by_inference():
-    mine, theirs = pair(8, 8, 3, padding=1)
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
+def test_training_step_is_seen_by_inference(name):
+    mine, theirs = pair(name, 8, 8, 3, padding=1)
+    train_a_step(mine, theirs, torch.randn(1, 8, 9, 9))
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
+def test_autocast(name):
+    """Convolutions keep the type of their input, which torch's layers in between make bfloat16."""
+    (mine, _), middle = pair(name, 8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
     x = torch.randn(1, 8, 9, 9)
-    for layer in (mine, theirs):
-        with torch.inference_mode():
-            layer(x)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        layer(x).square().mean().backward()
-        optimizer.step()
-    with torch.inference_mode():
-        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = mine(x)
+        last = mine(middle(first))
+        last.float().sum().backward()
+    assert (first.dtype, last.dtype) == (torch.float32, torch.bfloat16)
+    expected = mine(middle(first))
+    assert (last - expected).abs().max() < 0.05 * expected.abs().max()
+    assert mine.weight.grad.dtype == torch.float32 and mine.weight.grad.isfinite().all()
 
 
 def block(norm, activation, bias=False):
@@ -131,18 +108,18 @@ def test_conv_norm_act(norm, activation, bias):
     mine, theirs = block(make(), activation, bias)
     assert list(mine.state_dict()) == list(theirs.state_dict())
     x = torch.randn(2, 6, 8, 9)
-    torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-5)  # batch statistics, which move on
+    torch.testing.assert_close(mine(x), theirs(x), **NEAR)  # batch statistics, which move on
     mine.eval()
     theirs.eval()
     with torch.inference_mode():
-        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine(x), theirs(x), **NEAR)
+        torch.testing.assert_close(mine(x), theirs(x), **NEAR)
     if norm == "BatchNorm2d":
         for layers in (mine, theirs):
             with torch.no_grad():
                 layers[1].running_mean.add_(1)
         with torch.inference_mode():
-            torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine(x), theirs(x), **NEAR)
 
 
 def test_what_is_folded_is_kept():

@@ -6,22 +6,15 @@ import pickle
 
 import pytest
 import torch
+from layer_cases import pair, train_a_step
 from torch import nn
 
 import fastcv
 from fastcv._library import implementation
-from fastcv.nn.linear import _prepared
+from fastcv.ops._convolution import _prepared
 from fastcv.reference.conv2d import ACTIVATIONS
 
 compiled_only = pytest.mark.skipif(implementation("conv2d", "cpu") != "compiled", reason="of the compiled kernels")
-
-
-def pair(*args, **kwargs):
-    torch.manual_seed(0)
-    theirs = nn.Linear(*args, **kwargs)
-    mine = fastcv.nn.Linear(*args, **kwargs)
-    mine.load_state_dict(theirs.state_dict())
-    return mine, theirs
 
 
 def error(actual, expected):
@@ -62,7 +55,7 @@ def test_by_hand():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(2048, 1000), (1031, 1021), (20, 60_000), (64, 10)])
 def test_linear(size, bias):
-    mine, theirs = pair(*size, bias=bias)
+    mine, theirs = pair("Linear", *size, bias=bias)
     assert repr(mine) == repr(theirs) and list(mine.state_dict()) == list(theirs.state_dict())
     for shape in ((), (1,), (2,), (3,), (4,), (5,), (33,), (2, 3), (2, 1, 2), (0,), (3, 0)):
         x = torch.randn(*shape, size[0])
@@ -93,7 +86,7 @@ def test_where_it_runs(used):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
-    mine, theirs = pair(1024, 1030)
+    mine, theirs = pair("Linear", 1024, 1030)
     for rows in (2, 7):
         x = torch.randn(rows, 1024)
         expected = ACTIVATIONS[activation](in_double(theirs, x), 0.01)
@@ -104,7 +97,7 @@ def test_activations(activation):
 
 @pytest.mark.parametrize("rows", [2, 9])
 def test_strided_input_nan_and_threads(rows):
-    mine, theirs = pair(1024, 1030)
+    mine, theirs = pair("Linear", 1024, 1030)
     wide = torch.randn(rows, 2 * 1024)
     threads, results = torch.get_num_threads(), []
     with torch.inference_mode():
@@ -120,17 +113,8 @@ def test_strided_input_nan_and_threads(rows):
 
 
 def test_gradients_and_a_training_step():
-    mine, theirs = pair(1024, 1030)
-    x = torch.randn(6, 1024)
-    for layer in (mine, theirs):
-        with torch.inference_mode():
-            layer(x)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        layer(x).square().mean().backward()
-        optimizer.step()
-    torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
-    with torch.inference_mode():
-        assert error(mine(x), in_double(theirs, x)) < 1e-5
+    mine, theirs = pair("Linear", 1024, 1030)
+    train_a_step(mine, theirs, torch.randn(6, 1024))
 
 
 @compiled_only
@@ -142,9 +126,9 @@ def test_what_is_laid_out_is_kept_and_forgotten_with_the_layer():
         layer(torch.randn(2, 1024))
         assert len(_prepared) == before  # few vectors need no copy
         layer(torch.randn(8, 1024))
-        first = _prepared[layer.weight][1]
+        (first,) = _prepared[layer.weight][1].values()
         layer(torch.randn(9, 1024))
-        assert _prepared[layer.weight][1] is first
+        assert [layout is first for layout in _prepared[layer.weight][1].values()] == [True]
     size = len(pickle.dumps(layer))
     assert size < 1.1 * 4 * layer.weight.numel()
     del layer
@@ -153,7 +137,7 @@ def test_what_is_laid_out_is_kept_and_forgotten_with_the_layer():
 
 
 def test_compile():
-    mine, theirs = pair(1024, 1030)
+    mine, theirs = pair("Linear", 1024, 1030)
     x = torch.randn(3, 1024)
     compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -161,7 +145,7 @@ def test_compile():
 
 
 def test_accelerate():
-    mine, theirs = pair(1024, 1030)
+    mine, theirs = pair("Linear", 1024, 1030)
     x = torch.randn(3, 1024)
     with torch.inference_mode():
         assert error(fastcv.accelerate(nn.Sequential(mine, nn.ReLU()).eval())(x), in_double(theirs, x).relu()) < 1e-5

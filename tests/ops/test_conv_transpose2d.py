@@ -3,22 +3,17 @@ errors."""
 
 import gc
 
+import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from conv_cases import FORMATS, compiled_only, error, with_kernels
 from torch.library import opcheck
 
-import fastcv
-from fastcv._library import implementation
-from fastcv.ops.conv2d import ACTIVATIONS, _prepared
+from fastcv.ops import conv2d, conv_transpose2d
+from fastcv.ops._convolution import ACTIVATIONS, _prepared
 from fastcv.ops.conv_transpose2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
-
-compiled_only = pytest.mark.skipif(
-    implementation("conv_transpose2d", "cpu") != "compiled",
-    reason="of the compiled kernels; the reference is torch's transposed convolution",
-)
-FORMATS = (torch.contiguous_format, torch.channels_last)
 
 # images, channels, height, width, outputs, kernel, stride, padding, output padding, groups, dilation
 SHAPES = [
@@ -71,62 +66,32 @@ def case(shape, dtype=torch.float32):
     return x, weight, bias, stride, padding, output_padding, groups, dilation
 
 
-def error(actual, expected):
-    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-
-
-def serves(kernel, shape):
-    x, weight, _, *geometry = case(shape)
-    try:
-        fastcv.ops.conv_transpose2d(x, weight, None, *geometry, kernel=kernel)
-    except RuntimeError as failure:
-        assert "does not serve" in str(failure)
-        return False
-    return True
-
-
 def test_lecture_example():
     """The worked example of the lecture notes: each input pixel adds the kernel, scaled, to where it stands."""
     x = torch.tensor([[[[2.0, 1], [4, 4]]]])
     weight = torch.tensor([[[[1.0, 4, 1], [1, 4, 3], [3, 3, 1]]]])
     expected = [2, 9, 6, 1, 6, 29, 30, 7, 10, 29, 33, 13, 12, 24, 16, 4]
-    assert fastcv.ops.conv_transpose2d(x, weight).flatten().tolist() == expected
+    assert conv_transpose2d(x, weight).flatten().tolist() == expected
 
 
 def test_by_hand():
     x = torch.tensor([[[[1.0, 2], [3, 4]]]])
     weight = torch.tensor([[[[1.0, 10], [100, 1000]]]])
-    out = fastcv.ops.conv_transpose2d(x, weight, stride=2)
+    out = conv_transpose2d(x, weight, stride=2)
     assert out[0, 0].tolist() == [[1, 10, 2, 20], [100, 1000, 200, 2000], [3, 30, 4, 40], [300, 3000, 400, 4000]]
-    out = fastcv.ops.conv_transpose2d(x, weight, torch.tensor([-5.0]), stride=2, padding=1, activation="relu")
+    out = conv_transpose2d(x, weight, torch.tensor([-5.0]), stride=2, padding=1, activation="relu")
     assert out[0, 0].tolist() == [[995, 195], [25, 0]]
     # Two pixels meet in the middle; the pixel that output padding adds holds the bias alone.
     line, three = torch.tensor([[[[1.0, 2]]]]), torch.tensor([[[[1.0, 2, 3]]]])
-    out = fastcv.ops.conv_transpose2d(line, three, torch.tensor([0.5]), stride=(1, 2), output_padding=(0, 1))
+    out = conv_transpose2d(line, three, torch.tensor([0.5]), stride=(1, 2), output_padding=(0, 1))
     assert out.flatten().tolist() == [1.5, 2.5, 5.5, 4.5, 6.5, 0.5]
-    out = fastcv.ops.conv_transpose2d(line, three, stride=(1, 2), residual=torch.ones(1, 1, 1, 5), activation="relu")
+    out = conv_transpose2d(line, three, stride=(1, 2), residual=torch.ones(1, 1, 1, 5), activation="relu")
     assert out.flatten().tolist() == [2, 3, 6, 5, 7]
 
 
-@pytest.mark.parametrize(
-    ("shape", "kernel"), [(s, k) for s in SHAPES for k in ("auto", *KERNELS) if serves(k, s)], ids=str
-)
+@pytest.mark.parametrize(("shape", "kernel"), with_kernels(conv_transpose2d, case, SHAPES, KERNELS), ids=str)
 def test_reference(shape, kernel):
-    x, weight, bias, *geometry = case(shape)
-    if kernel == "bf16":  # exact, but for the rounding of its operands
-        x, weight = x.bfloat16().float(), weight.bfloat16().float()
-    expected = F.conv_transpose2d(x.double(), weight.double(), bias.double(), *geometry)
-    without_bias = expected - bias.double()[:, None, None]
-    residual = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    for memory_format in FORMATS:
-        y = x.contiguous(memory_format=memory_format)
-        actual = fastcv.ops.conv_transpose2d(y, weight, bias, *geometry, kernel=kernel)
-        assert actual.dtype == torch.float32
-        assert actual.is_contiguous(memory_format=torch._prims_common.suggest_memory_format(y))
-        assert error(actual, expected) < 1e-5
-        options = dict(residual=residual, activation="silu", kernel=kernel)
-        actual = fastcv.ops.conv_transpose2d(y, weight, None, *geometry, **options)
-        assert error(actual, F.silu(without_bias + residual)) < 1e-5
+    conv_cases.check_kernel(conv_transpose2d, F.conv_transpose2d, case(shape), kernel, 1e-5)
 
 
 @compiled_only
@@ -144,11 +109,8 @@ def test_each_kernel_is_chosen_somewhere():
 def test_activations(activation, shape):
     x, weight, bias, *geometry = case(shape)
     before = F.conv_transpose2d(x.double(), weight.double(), bias.double(), *geometry)
-    options = dict(activation=activation, negative_slope=0.2, kernel="auto")
-    assert (
-        error(fastcv.ops.conv_transpose2d(x, weight, bias, *geometry, **options), FORMULAS[activation](before, 0.2))
-        < 1e-5
-    )
+    actual = conv_transpose2d(x, weight, bias, *geometry, activation=activation, negative_slope=0.2)
+    assert error(actual, FORMULAS[activation](before, 0.2)) < 1e-5
 
 
 @pytest.mark.parametrize("kernel", ["gemm", "merged", "depthwise"])
@@ -157,70 +119,44 @@ def test_nan_stays_where_it_reaches(kernel):
     x[0, :, 2, 3] = float("nan")
     expected = F.conv_transpose2d(x, weight, bias, *geometry).isnan()
     for activation in ("none", "relu"):
-        actual = fastcv.ops.conv_transpose2d(x, weight, bias, *geometry, activation=activation, kernel=kernel)
+        actual = conv_transpose2d(x, weight, bias, *geometry, activation=activation, kernel=kernel)
         assert torch.equal(actual.isnan(), expected)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES[:6], SHAPES[10], *SHAPES[13:15], SHAPES[17], *SHAPES[20:22]], ids=str)
 def test_slices_of_wider_maps(shape):
-    """Input and residual whose pixels are further apart than their channels."""
-    x, weight, bias, *geometry = case(shape)
-    size = x.shape[0], x.shape[1] + 5, x.shape[2], x.shape[3] + 3
-    wide = torch.randn(size).contiguous(memory_format=torch.channels_last)
-    wide[:, 2 : 2 + x.shape[1], :, 1 : 1 + x.shape[3]] = x
-    sliced = wide[:, 2 : 2 + x.shape[1], :, 1 : 1 + x.shape[3]]
-    expected = F.conv_transpose2d(x.double(), weight.double(), bias.double(), *geometry)
-    residual = torch.randn(expected.shape[0], 2 * expected.shape[1], *expected.shape[2:])
-    residual = residual.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + expected.shape[1]]
-    actual = fastcv.ops.conv_transpose2d(sliced, weight, bias, *geometry, residual=residual)
-    assert error(actual, expected + residual) < 1e-5
+    conv_cases.check_slices_of_wider_maps(conv_transpose2d, F.conv_transpose2d, case(shape))
 
 
 def test_empty_batch():
     for shape in (SHAPES[2], SHAPES[4], SHAPES[13], SHAPES[20]):
         x, weight, bias, *geometry = case(shape)
         expected = F.conv_transpose2d(x[:0], weight, bias, *geometry)
-        assert fastcv.ops.conv_transpose2d(x[:0], weight, bias, *geometry).shape == expected.shape
+        assert conv_transpose2d(x[:0], weight, bias, *geometry).shape == expected.shape
 
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1e6])
 def test_bad_scaling(magnitude):
-    x, weight, _, *geometry = case(SHAPES[2])
-    for a, b in ((magnitude, 1.0), (1.0, magnitude), (magnitude, 1 / magnitude)):
-        expected = F.conv_transpose2d(x.double() * a, weight.double() * b, None, *geometry)
-        assert error(fastcv.ops.conv_transpose2d(x * a, weight * b, None, *geometry), expected) < 1e-5
+    conv_cases.check_bad_scaling(conv_transpose2d, F.conv_transpose2d, case(SHAPES[2]), magnitude)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 2, 4, 6, 8, 10, 13, 17, 20, 23)], ids=str)
 def test_same_for_any_number_of_threads(shape):
-    x, weight, bias, *geometry = case(shape)
-    threads = torch.get_num_threads()
-    results = []
-    for n in (1, 2, 3):
-        torch.set_num_threads(n)
-        results.append(fastcv.ops.conv_transpose2d(x, weight, bias, *geometry))
-    torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    conv_cases.check_same_for_any_number_of_threads(conv_transpose2d, case(shape))
 
 
 def test_changed_weights_are_noticed():
-    x, weight, _, *geometry = case(SHAPES[2])
-    layer = torch.nn.Parameter(weight.clone())
-    with torch.no_grad():
-        expected = fastcv.ops.conv_transpose2d(x, weight, None, *geometry)
-        assert torch.equal(fastcv.ops.conv_transpose2d(x, layer, None, *geometry), expected)
-        layer.mul_(2)
-        assert torch.equal(fastcv.ops.conv_transpose2d(x, layer, None, *geometry), 2 * expected)
+    conv_cases.check_changed_weights_are_noticed(conv_transpose2d, case(SHAPES[2]))
 
 
 @compiled_only
 def test_weights_are_prepared_once_and_apart_from_those_of_conv2d():
     gc.collect()
     x, weight, bias = torch.randn(1, 64, 9, 9), torch.randn(64, 64, 3, 3), torch.randn(64)
-    fastcv.ops.conv2d(x, weight, bias, padding=1)
+    conv2d(x, weight, bias, padding=1)
     expected = F.conv_transpose2d(x, weight, bias, padding=1)
     for _ in range(2):
-        assert error(fastcv.ops.conv_transpose2d(x, weight, bias, padding=1), expected.double()) < 1e-5
+        assert error(conv_transpose2d(x, weight, bias, padding=1), expected.double()) < 1e-5
     assert len(_prepared[weight][1]) == 2
     # Other geometries lay the same weights out in other ways.
     for stride, padding, output_padding, dilation in (
@@ -235,41 +171,14 @@ def test_weights_are_prepared_once_and_apart_from_those_of_conv2d():
             if (y.shape[2] - 1) * stride - 2 * padding + 2 * dilation + output_padding < 0:
                 continue
             expected = F.conv_transpose2d(y, weight, bias, **options)
-            assert error(fastcv.ops.conv_transpose2d(y, weight, bias, **options), expected.double()) < 1e-5
+            assert error(conv_transpose2d(y, weight, bias, **options), expected.double()) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ["none", "silu", "leaky_relu"])
 @pytest.mark.parametrize("trains", [False, True])
 def test_derivatives_follow_the_formulas(activation, trains):
-    x, weight, bias, *geometry = case((2, 6, 4, 5, 4, (3, 4), 2, 1, 1, 2, 1))
-    expected_shape = F.conv_transpose2d(x, weight, bias, *geometry).shape
-    residual = torch.randn(expected_shape)
-    arguments = [x, weight, bias, residual] if trains else [x, residual]
-    for t in arguments:
-        t.requires_grad_()
-    out = fastcv.ops.conv_transpose2d(x, weight, bias, *geometry, residual=residual, activation=activation)
-    expected = FORMULAS[activation](F.conv_transpose2d(x, weight, bias, *geometry) + residual, 0.01)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    v = torch.randn_like(out)
-    first = torch.autograd.grad((out * v).sum(), arguments, create_graph=True)
-    first_expected = torch.autograd.grad((expected * v).sum(), arguments, create_graph=True)
-    torch.testing.assert_close(first, first_expected, rtol=1e-3, atol=1e-4)
-    u = [torch.randn_like(t) for t in arguments]
-
-    def dot(ts):
-        return sum((a * b).sum() for a, b in zip(ts, u, strict=True))
-
-    if trains or activation == "silu":
-        second = torch.autograd.grad(dot(first), arguments, allow_unused=True, materialize_grads=True)
-        second_expected = torch.autograd.grad(dot(first_expected), arguments, allow_unused=True, materialize_grads=True)
-        torch.testing.assert_close(second, second_expected, rtol=1e-3, atol=2e-3)
-
-    def f(*given):
-        x_, weight_, bias_, residual_ = given if trains else (given[0], weight, bias, given[1])
-        return fastcv.ops.conv_transpose2d(x_, weight_, bias_, *geometry, residual=residual_, activation=activation)
-
-    _, tangent = torch.func.jvp(f, tuple(t.detach() for t in arguments), tuple(u))
-    assert abs(((tangent * v).sum() - dot(first_expected)).item()) < 1e-2 * max(1, abs(dot(first_expected).item()))
+    arguments = case((2, 6, 4, 5, 4, (3, 4), 2, 1, 1, 2, 1))
+    conv_cases.check_derivatives(conv_transpose2d, F.conv_transpose2d, arguments, activation, trains=trains)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +189,7 @@ def test_gradcheck(shape):
     arguments = [t.requires_grad_() for t in (x, weight, bias)]
 
     def f(*tensors):
-        return fastcv.ops.conv_transpose2d(*tensors, *geometry, activation="silu")
+        return conv_transpose2d(*tensors, *geometry, activation="silu")
 
     assert torch.autograd.gradcheck(f, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(f, arguments)
@@ -291,31 +200,26 @@ def test_input_gradient_with_output_padding_of_a_stride():
     x, weight = torch.randn(1, 3, 4, 4, requires_grad=True), torch.randn(3, 2, 3, 3)
     options = dict(output_padding=2, dilation=3)
     v = torch.randn_like(F.conv_transpose2d(x, weight, **options))
-    (actual,) = torch.autograd.grad((fastcv.ops.conv_transpose2d(x, weight, **options) * v).sum(), x)
+    (actual,) = torch.autograd.grad((conv_transpose2d(x, weight, **options) * v).sum(), x)
     (expected,) = torch.autograd.grad((F.conv_transpose2d(x, weight, **options) * v).sum(), x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_types_run_on_torch():
-    for dtype in (torch.float64, torch.bfloat16):
-        x, weight, bias, *geometry = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in case(SHAPES[5]))
-        actual = fastcv.ops.conv_transpose2d(x, weight, bias, *geometry, activation="relu")
-        assert actual.dtype == dtype
-        torch.testing.assert_close(actual, F.conv_transpose2d(x, weight, bias, *geometry).relu())
+    conv_cases.check_other_types_run_on_torch(conv_transpose2d, F.conv_transpose2d, case(SHAPES[5]))
 
 
+@compiled_only
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_opcheck_and_compile(memory_format):
     x, weight, bias, *_ = case((2, 6, 5, 6, 4, (3, 3), 2, 1, 1, 2, 1))
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     weight.requires_grad_()
     arguments = (x, weight, bias, None, None, 2, [2, 2], [1, 1], [1, 0], [1, 1], "silu", 0.0, "auto")
-    if implementation("conv_transpose2d", "cpu") != "compiled":
-        pytest.skip("the reference is torch's transposed convolution, called directly")
     opcheck(torch.ops.fastcv.conv_transpose2d, arguments)
 
     def f(x, weight):
-        return fastcv.ops.conv_transpose2d(x, weight, bias, 2, 1, (1, 0), 2, activation="silu")
+        return conv_transpose2d(x, weight, bias, 2, 1, (1, 0), 2, activation="silu")
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for w in (weight, weight.detach()):
@@ -340,11 +244,11 @@ def test_errors():
         (dict(kernel="fft"), "kernel: expected"),
     ):
         with pytest.raises(ValueError, match=message):
-            fastcv.ops.conv_transpose2d(**(dict(input=x, weight=weight, bias=bias) | wrong))
+            conv_transpose2d(**(dict(input=x, weight=weight, bias=bias) | wrong))
     with pytest.raises(TypeError, match="weight"):
-        fastcv.ops.conv_transpose2d(x, weight.int())
+        conv_transpose2d(x, weight.int())
     with pytest.raises(RuntimeError, match=r"residual|size"):
-        fastcv.ops.conv_transpose2d(x, weight, residual=torch.ones(1, 6, 4, 4))
+        conv_transpose2d(x, weight, residual=torch.ones(1, 6, 4, 4))
 
 
 @compiled_only
@@ -352,4 +256,4 @@ def test_errors_of_kernels_that_do_not_serve():
     x, weight = torch.ones(1, 4, 5, 5), torch.ones(4, 6, 3, 3)
     for kernel in ("depthwise", "pixel"):
         with pytest.raises(RuntimeError, match="does not serve"):
-            fastcv.ops.conv_transpose2d(x, weight, kernel=kernel)
+            conv_transpose2d(x, weight, kernel=kernel)

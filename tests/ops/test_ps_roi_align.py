@@ -85,7 +85,7 @@ def test_huge_regions_stay_in_bounds():
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("channels", [1, 7, 16, 21])
-@pytest.mark.parametrize("regions", [0, 2, 60])
+@pytest.mark.parametrize("regions", [0, 2, 16])
 def test_reference(name, dtype, memory_format, channels, regions):
     generator = torch.Generator().manual_seed(channels)
     x, boxes = random_case(generator, 2, channels * 6, 11, 14, regions, dtype)

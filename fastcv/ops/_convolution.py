@@ -1,0 +1,127 @@
+"""What :func:`conv2d` and :func:`conv_transpose2d` share: where kernels run, layouts of weights, derivatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import _library, reference
+from ._autograd import register_autograd
+
+ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
+
+
+def on_kernels(*tensors: Tensor | None) -> bool:
+    """Whether the compiled kernels take these."""
+    for t in tensors:  # a plain loop: all() would take a third of a small call
+        if t is not None and not (t.dtype is torch.float32 and t.is_cpu):
+            return False
+    return _library.cpu_loaded
+
+
+def tracing() -> bool:
+    """Whether torch.compile or a transform of torch.func looks on: then a weight may stand for others."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# ---- layouts of weights --------------------------------------------------------------------------
+
+
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def kept_layout(weight: Tensor, name: tuple, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    """``prepare(weight)``, kept under ``name`` while the weight lives and is not changed."""
+    if weight.is_inference():  # counts no changes
+        return prepare(weight.detach())
+    key = (weight._version, weight.data_ptr())
+    kept = _prepared.get(weight)
+    if kept is None or kept[0] != key:
+        kept = _prepared[weight] = (key, {})
+    layout = kept[1].get(name)
+    if layout is None:
+        layout = kept[1][name] = prepare(weight.detach())
+    return layout
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+def slope_of(activation: str, x: Tensor, slope: float) -> Tensor:
+    """The derivative of an activation, of operators that have derivatives themselves."""
+    if activation == "relu":
+        return (x > 0).to(x.dtype)
+    if activation == "relu6":
+        return ((x > 0) & (x < 6)).to(x.dtype)
+    if activation == "leaky_relu":
+        return torch.where(x > 0, 1.0, slope).to(x.dtype)
+    if activation == "hardsigmoid":
+        return ((x > -3) & (x < 3)).to(x.dtype) / 6
+    if activation == "hardswish":
+        return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5))
+    if activation == "gelu":
+        return torch.special.ndtr(x) + x * (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
+    if activation == "tanh":
+        return 1 - x.tanh().square()
+    s = x.sigmoid()
+    return s * (1 - s) if activation == "sigmoid" else s * (1 + x * (1 - s))
+
+
+def register_convolution(name: str, input_gradient: Callable) -> None:
+    """Derivatives of ``fastcv::name(input, weight, bias, residual, prepared, *geometry, activation, slope, kernel)``.
+
+    ``geometry`` is groups, stride, padding and dilation; of a transposed convolution with output padding before the
+    last. ``input_gradient(grad, input, weight, geometry, needs_input_grad)`` gives the gradient of the input, or None
+    where it is torch's. Those of weight and bias are always torch's.
+    """
+    op = getattr(torch.ops.fastcv, name)
+
+    def setup(ctx, inputs, output):
+        input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.slope, ctx.kernel = inputs
+        ctx.save_for_backward(input, weight, bias, residual)
+        ctx.save_for_forward(input, weight, bias, residual)
+
+    def linear(ctx, *tensors):
+        return op(*tensors, None, *ctx.geometry, "none", 0.0, ctx.kernel)
+
+    def times_slope(ctx, values):
+        if ctx.activation == "none":
+            return values
+        return values * slope_of(ctx.activation, linear(ctx, *ctx.saved_tensors), ctx.slope)
+
+    def backward(ctx, grad):
+        input, weight, bias, _ = ctx.saved_tensors
+        groups, stride, padding, *output_padding, dilation = ctx.geometry
+        needs = ctx.needs_input_grad
+        grad = times_slope(ctx, grad)
+        d_input = input_gradient(grad, input, weight, ctx.geometry, needs) if needs[0] else None
+        mask = [needs[0] and d_input is None, needs[1], bias is not None and needs[2]]
+        d_others = [None] * 3
+        if any(mask):
+            sizes = None if bias is None else list(bias.shape)
+            transposed = (True, *output_padding) if output_padding else (False, [0, 0])
+            gradients = torch.ops.aten.convolution_backward(
+                grad, input, weight, sizes, stride, padding, dilation, *transposed, groups, mask
+            )
+            d_others = [g if wanted else None for g, wanted in zip(gradients, mask, strict=True)]
+        if d_input is not None:
+            d_others[0] = d_input
+        return *d_others, grad if needs[3] else None, *[None] * (4 + len(ctx.geometry))
+
+    def jvp(ctx, *tangents):
+        input, weight, _, _ = ctx.saved_tensors
+        d_input, d_weight, d_bias, d_residual, *_ = tangents
+        terms = [] if d_residual is None else [d_residual]
+        if d_input is not None:
+            terms.append(linear(ctx, d_input, weight, None, None))
+        if d_weight is not None:
+            terms.append(linear(ctx, input, d_weight, None, None))
+        if d_bias is not None:
+            terms.append(d_bias[:, None, None].expand_as(linear(ctx, input, weight, None, None)))
+        return times_slope(ctx, sum(terms[1:], terms[0]))
+
+    register_autograd(name, setup_context=setup, backward=backward, jvp=jvp)
