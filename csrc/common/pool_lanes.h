@@ -203,7 +203,8 @@ FASTCV_INLINE Vec<int64_t> load_half_of_indices(const int64_t* from, int first, 
   if (last - first == kLanes<int64_t>)
     memcpy(&v, from, sizeof v);
   else
-    memcpy(reinterpret_cast<char*>(&v) + size_t(first) * sizeof(int64_t), from + first, size_t(last - first) * sizeof(int64_t));
+    memcpy(reinterpret_cast<char*>(&v) + size_t(first) * sizeof(int64_t), from + first,
+           size_t(last - first) * sizeof(int64_t));
   return v;
 #endif
 }

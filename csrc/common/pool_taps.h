@@ -1,5 +1,4 @@
-// What the kernels of pooling share: windows of a contiguous row in vectors, one lane for each window, and the maximum
-// that lets NaN win.
+// What the kernels of pooling share: windows of a contiguous row in vectors, one lane for each window.
 #pragma once
 
 #include "channel_block.h"
@@ -7,12 +6,6 @@
 #include "pool_window.h"
 
 namespace fastcv::FASTCV_ISA {
-
-// Where a value takes the place of the greatest so far: it is greater, or NaN.
-template <class V>
-FASTCV_INLINE auto takes_over(V value, V greatest) {
-  return (value > greatest) | (value != value);
-}
 
 // Taps [first, last) of window o that lie inside the input.
 struct TapRange {
@@ -39,8 +32,8 @@ FASTCV_INLINE Vec<Acc<T>> load_strided(const T* p, int64_t stride) {
   }
 }
 
-// f(i, j, values) for rows i of the taps of windows side by side, the first of which starts at `window`. K is the number of
-// taps in a row where the compiler shall know it, for windows without dilation; else 0.
+// f(i, j, values) for rows i of the taps of windows side by side, the first of which starts at `window`. K is the number
+// of taps in a row where the compiler shall know it, for windows without dilation; else 0.
 template <int S, int K, class T, class F>
 FASTCV_INLINE void each_tap_of(const T* window, int64_t row_stride, TapRange rows, const PoolAxis& x, const F& f) {
   constexpr int L = kLanes<Acc<T>>;
@@ -77,7 +70,8 @@ FASTCV_INLINE Plane<T> plane_of(const FeatureMap<const T>& m, int64_t plane) {
 
 // row[x], row[x + stride], ...; `outside` where that is not in [0, size).
 template <class T>
-__attribute__((noinline)) Vec<Acc<T>> load_one_by_one(const T* row, int64_t x, int64_t stride, int64_t size, Acc<T> outside) {
+__attribute__((noinline)) Vec<Acc<T>> load_one_by_one(const T* row, int64_t x, int64_t stride, int64_t size,
+                                                      Acc<T> outside) {
   Vec<Acc<T>> v;
   for (int l = 0; l < kLanes<Acc<T>>; ++l, x += stride) v[l] = x >= 0 && x < size ? to_accumulate(row[x]) : outside;
   return v;

@@ -1,4 +1,4 @@
-// Positions of maxima in registers, shared by pooling and RoI pooling.
+// Maxima and their positions in registers, shared by pooling, RoI pooling and programs.
 #pragma once
 
 #include "simd.h"
@@ -19,5 +19,11 @@ struct PositionOf<double> {
 };
 template <class T>
 using Position = typename PositionOf<Acc<T>>::type;
+
+// Where a value takes the place of the greatest so far: it is greater, or NaN.
+template <class V>
+FASTCV_INLINE auto takes_over(V value, V greatest) {
+  return (value > greatest) | (value != value);
+}
 
 }  // namespace fastcv::FASTCV_ISA
