@@ -19,20 +19,15 @@ void average_rows(const AvgPool<T>& t, int64_t begin, int64_t end) {
   constexpr int L = kLanes<Acc<T>>;
   const PoolGeometry g = t.geometry;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / g.y.output, oy = task % g.y.output;
-    const T* map = t.input.data + plane / t.input.channels * t.input.stride_n + plane % t.input.channels * t.input.stride_c;
+    const int64_t oy = task % g.y.output;
+    const Plane<T> plane = plane_of(t.input, task / g.y.output);
     const TapRange rows = taps_inside(g.y, oy);
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
       const int n = int(least(L, g.x.output - ox));
       Vec<Acc<T>> sum{};
-      each_tap<S, K>(g, map, t.input.stride_y, rows, oy, ox, Acc<T>(0),
+      each_tap<S, K>(g, plane, rows, oy, ox, n, Acc<T>(0),
                      [&](int64_t, int64_t, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA { sum += value; });
-      const Vec<Acc<T>> mean = sum * (t.rows[oy] * load_n(t.columns + ox, n));
-      T* const to = t.output + task * g.x.output + ox;
-      if (n == L)
-        store_through(to, mean, t.stream);
-      else
-        store_first(to, mean, n);
+      store_part(t.output + task * g.x.output + ox, sum * (t.rows[oy] * load_n(t.columns + ox, n)), n, t.stream);
     }
   }
   if (t.stream) stream_end();
@@ -56,14 +51,12 @@ void spread_rows(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
           const T* const grad = t.grad + (plane * y.output + oy) * x.output;
           for (int32_t b = t.beside.begin[r]; b < t.beside.begin[r + 1]; ++b) {
             const int64_t first = o - t.beside.list[b].window;
-            if (first >= 0 && first + L <= x.output) {
+            const LaneRange lanes = lanes_inside<A>(first, x.output);
+            if (lanes.last - lanes.first == L)
               sum += load(grad + first) * (t.rows[oy] * load(t.columns + first));
-            } else {
-              A value[L], size[L];
-              copy_clipped(grad, x.output, first, L, A(0), value);
-              copy_clipped(t.columns, x.output, first, L, A(0), size);
-              sum += load(value) * (t.rows[oy] * load(size));
-            }
+            else
+              sum += load_lanes(grad + first, lanes.first, lanes.last) *
+                     (t.rows[oy] * load_lanes(t.columns + first, lanes.first, lanes.last));
           }
         }
         const int64_t x0 = o * stride + r - x.padding;
@@ -84,7 +77,7 @@ void spread_rows(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
 
 template <class T>
 void avg_pool2d_contiguous(const AvgPool<T>& t, int64_t begin, int64_t end) {
-  with_columns(t.geometry.x, [&](auto c) { average_rows<c.stride, c.kernel>(t, begin, end); });
+  with_columns<T>(t.geometry.x, [&](auto c) { average_rows<c.stride, c.kernel>(t, begin, end); });
 }
 
 template <class T>
@@ -109,12 +102,7 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
             const T* const tap = window + i * in.stride_y + j * in.stride_x + c;
             for (int v = 0; v < V; ++v) sum[v] += load_n(tap + v * L, n);
           }
-        for (int v = 0; v < V; ++v) {
-          if (n == L)
-            store_through(to + c + v * L, sum[v] * share, t.stream);
-          else
-            store_first(to + c + v * L, sum[v] * share, n);
-        }
+        for (int v = 0; v < V; ++v) store_part(to + c + v * L, sum[v] * share, n, t.stream);
       });
     }
   }
@@ -123,7 +111,7 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
 
 template <class T>
 void avg_pool2d_backward_contiguous(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
-  with_columns(t.geometry.x, [&](auto c) { spread_rows<c.stride>(t, begin, end); });
+  with_strides(t.geometry.x, [&](auto c) { spread_rows<c.stride>(t, begin, end); });
 }
 
 template <class T>
@@ -146,12 +134,7 @@ void avg_pool2d_backward_channels_last(const AvgPoolBackward<T>& t, int64_t begi
             const A share = t.rows[oy] * t.columns[ox];
             for (int v = 0; v < V; ++v) sum[v] += load_n(grad + v * L, n) * share;
           }
-        for (int v = 0; v < V; ++v) {
-          if (n == L)
-            store_through(to + c + v * L, sum[v], t.stream);
-          else
-            store_first(to + c + v * L, sum[v], n);
-        }
+        for (int v = 0; v < V; ++v) store_part(to + c + v * L, sum[v], n, t.stream);
       });
     }
   }

@@ -19,71 +19,84 @@ struct TapIndices {
   int64_t step_y, step_x;
 };
 
-enum class Remember { nothing, compact, flat };
-
-template <Remember R>
-TapIndices tap_indices(const PoolGeometry& g) {
-  return R == Remember::flat ? TapIndices{g.y.dilation * g.x.input, g.x.dilation} : TapIndices{g.x.kernel, 1};
+template <class T>
+FASTCV_INLINE TapIndices tap_indices(const MaxPool<T>& t) {
+  const PoolGeometry& g = t.geometry;
+  return t.flat ? TapIndices{g.y.dilation * g.x.input, g.x.dilation} : TapIndices{g.x.kernel, 1};
 }
 
 template <class T>
 constexpr Acc<T> kLowest = -Acc<T>(__builtin_inf());
 
-template <int S, int K, Remember R, class T>
+// Of the first taps inside the map of windows ox, ox + 1, ...
+template <class P>
+FASTCV_INLINE Vec<P> first_columns(const PoolAxis& x, int64_t ox) {
+  const int64_t x0 = x.start(ox);
+  if (x0 >= 0) return Vec<P>{};
+  Vec<P> first;
+  for (int l = 0; l < kLanes<P>; ++l) {
+    const int64_t start = x0 + l * x.stride;
+    first[l] = P(start >= 0 ? 0 : x.dilation == 1 ? -start : (x.dilation - 1 - start) / x.dilation);
+  }
+  return first;
+}
+
+template <int S, int K, bool Indices, class T>
 void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
   using P = Position<T>;
   constexpr int L = kLanes<Acc<T>>;
   const PoolGeometry g = t.geometry;  // a copy: stores cannot change it
-  const TapIndices taps = tap_indices<R>(g);
-  const Vec<P> lanes = iota<P>();
+  const TapIndices taps = tap_indices(t);
+  const Vec<P> lanes = iota<P>() * P(g.x.stride), left = first_columns<P>(g.x, 0) * P(taps.step_x);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / g.y.output, oy = task % g.y.output;
-    const T* map = t.input.data + plane / t.input.channels * t.input.stride_n + plane % t.input.channels * t.input.stride_c;
+    const int64_t oy = task % g.y.output;
+    const Plane<T> plane = plane_of(t.input, task / g.y.output);
     const TapRange rows = taps_inside(g.y, oy);
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
       const int n = int(least(L, g.x.output - ox));
       const int64_t x0 = g.x.start(ox), at = task * g.x.output + ox;
       if (t.stream)
-        prefetch_rows(map + (g.y.start(oy) + 2 * g.y.stride) * t.input.stride_y + x0, t.input.stride_y, g.y.stride,
-                      L * g.x.stride);
+        prefetch_rows(plane.tensor + plane.first + (g.y.start(oy) + 2 * g.y.stride) * plane.stride_y + x0, plane.stride_y,
+                      g.y.stride, L * g.x.stride);
       // All of a window may be -infinity: its first pixel is the maximum then.
       Vec<Acc<T>> best = broadcast(kLowest<T>);
-      Vec<P> index = Vec<P>{} + P(rows.first * taps.step_y);
-      if (R != Remember::nothing && x0 < 0)
-        for (int l = 0; l < L; ++l) index[l] += P(taps_inside(g.x, ox + l).first * taps.step_x);
-      each_tap<S, K>(g, map, t.input.stride_y, rows, oy, ox, kLowest<T>,
-                  [&](int64_t i, int64_t j, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA {
-                    const auto better = takes_over(value, best);
-                    best = better ? value : best;
-                    if (R != Remember::nothing)
-                      index = better ? Vec<P>{} + P(i * taps.step_y + j * taps.step_x) : index;
-                  });
-      if (n == L)
-        store_through(t.output + at, best, t.stream);
-      else
-        store_first(t.output + at, best, n);
-      if constexpr (R == Remember::compact) store_indices<P>(t.compact + at, index, n);
-      if constexpr (R == Remember::flat)
-        store_indices(t.flat + at, index + P(g.y.start(oy) * g.x.input + x0) + lanes * P(g.x.stride), n);
+      Vec<P> index{};
+      if constexpr (Indices) {
+        index += P(rows.first * taps.step_y);
+        if (x0 < 0) index += ox == 0 ? left : first_columns<P>(g.x, ox) * P(taps.step_x);
+      }
+      each_tap<S, K>(g, plane, rows, oy, ox, n, kLowest<T>,
+                     [&](int64_t i, int64_t j, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA {
+                       const auto better = takes_over(value, best);
+                       best = better ? value : best;
+                       if constexpr (Indices) index = better ? Vec<P>{} + P(i * taps.step_y + j * taps.step_x) : index;
+                     });
+      store_part(t.output + at, best, n, t.stream);
+      if constexpr (Indices) {
+        if (t.flat)
+          store_indices(t.flat + at, index + P(g.y.start(oy) * g.x.input + x0) + lanes, n);
+        else
+          store_indices<P>(t.compact + at, index, n);
+      }
     }
   }
   if (t.stream) stream_end();
 }
 
-template <Remember R, class T>
+template <bool Indices, class T>
 void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
   using P = Position<T>;
   constexpr int L = kLanes<Acc<T>>;
   const PoolGeometry g = t.geometry;
   const FeatureMap<const T> in = t.input;
-  const TapIndices taps = tap_indices<R>(g);
+  const TapIndices taps = tap_indices(t);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / g.y.output, oy = task % g.y.output;
     const TapRange rows = taps_inside(g.y, oy);
     for (int64_t ox = 0; ox < g.x.output; ++ox) {
       const TapRange columns = taps_inside(g.x, ox);
       const int64_t y0 = g.y.start(oy), x0 = g.x.start(ox), at = (task * g.x.output + ox) * in.channels;
-      const int64_t base = R == Remember::flat ? y0 * g.x.input + x0 : 0;
+      const int64_t base = t.flat ? y0 * g.x.input + x0 : 0;
       const T* window = in.data + image * in.stride_n + y0 * in.stride_y + x0 * in.stride_x;
       each_channel_block<Acc<T>>(in.channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
@@ -101,17 +114,18 @@ void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
               const Vec<Acc<T>> value = load_n(tap + v * L, n);
               const auto better = takes_over(value, best[v]);
               best[v] = better ? value : best[v];
-              if (R != Remember::nothing) index[v] = better ? here : index[v];
+              if constexpr (Indices) index[v] = better ? here : index[v];
             }
           }
         for (int v = 0; v < V; ++v) {
           const int64_t to = at + c + v * L;
-          if (n == L)
-            store_through(t.output + to, best[v], t.stream);
-          else
-            store_first(t.output + to, best[v], n);
-          if constexpr (R == Remember::compact) store_indices<P>(t.compact + to, index[v], n);
-          if constexpr (R == Remember::flat) store_indices(t.flat + to, index[v], n);
+          store_part(t.output + to, best[v], n, t.stream);
+          if constexpr (Indices) {
+            if (t.flat)
+              store_indices(t.flat + to, index[v], n);
+            else
+              store_indices<P>(t.compact + to, index[v], n);
+          }
         }
       });
     }
@@ -123,25 +137,15 @@ void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
 
 template <class T>
 void max_pool2d_contiguous(const MaxPool<T>& t, int64_t begin, int64_t end) {
-  with_columns(t.geometry.x, [&](auto c) {
+  with_columns<T>(t.geometry.x, [&](auto c) {
     constexpr int S = c.stride, K = c.kernel;
-    if (t.flat)
-      pool_rows<S, K, Remember::flat>(t, begin, end);
-    else if (t.compact)
-      pool_rows<S, K, Remember::compact>(t, begin, end);
-    else
-      pool_rows<S, K, Remember::nothing>(t, begin, end);
+    t.flat || t.compact ? pool_rows<S, K, true>(t, begin, end) : pool_rows<S, K, false>(t, begin, end);
   });
 }
 
 template <class T>
 void max_pool2d_channels_last(const MaxPool<T>& t, int64_t begin, int64_t end) {
-  if (t.flat)
-    pool_pixels<Remember::flat>(t, begin, end);
-  else if (t.compact)
-    pool_pixels<Remember::compact>(t, begin, end);
-  else
-    pool_pixels<Remember::nothing>(t, begin, end);
+  t.flat || t.compact ? pool_pixels<true>(t, begin, end) : pool_pixels<false>(t, begin, end);
 }
 
 #define FASTCV_INSTANTIATE(T)                                                         \

@@ -33,20 +33,18 @@ template <class T, class I>
 FASTCV_INLINE Asked<T> load_windows(const T* values, const I* indices, int64_t o, int64_t windows) {
   using P = Position<T>;
   constexpr int L = kLanes<Acc<T>>;
-  if (o >= 0 && o + L <= windows) return {load(values + o), load_indices<P>(indices + o, L)};
-  Asked<T> asked{{}, Vec<P>{} - 1};
-  const int64_t first = most(0, -o), last = least(L, windows - o);
-  if (first == 0 && last > 0) return {load_first(values + o, int(last)), load_indices<P>(indices + o, int(last))};
-  Acc<T> value[L] = {};
-  for (int64_t l = first; l < last; ++l) {
-    value[l] = to_accumulate(values[o + l]);
-    asked.index[l] = indices[o + l] >> 31 ? P(-1) : P(indices[o + l]);
-  }
-  asked.value = load(value);
-  return asked;
+  if (o >= 0 && o + L <= windows) return {load(values + o), load_indices<P>(indices + o, LaneRange{0, L})};
+  const LaneRange lanes = lanes_inside<Acc<T>>(o, windows);
+  return {load_lanes(values + o, lanes.first, lanes.last), load_indices<P>(indices + o, lanes)};
 }
 
-template <int S, bool Sum, class I, class T>
+// What a pixel has after a window was asked that points `here` with `given`; `sum` is one mask in all lanes.
+template <class V, class M>
+FASTCV_INLINE V taken(V value, V given, M here, M sum) {
+  return here ? (sum ? value + given : given) : value;
+}
+
+template <int S, class I, class T>
 int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int64_t end) {
   using A = Acc<T>;
   using P = Position<T>;
@@ -56,6 +54,7 @@ int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
   const int64_t stride = S ? S : x.stride, width = x.input, windows = x.output, kernel_w = x.kernel, padding = x.padding;
   const Coverings rows = t.rows, columns = t.columns;
   const Vec<P> lanes = iota<P>() * P(stride);
+  const auto sum = Vec<P>{} < P(t.sum);
   int64_t found = 0;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t plane = task / y.input, at = task % y.input;
@@ -76,7 +75,7 @@ int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
             const Asked<T> asked = load_windows(t.from + first, indices + first, o - beside.window, windows);
             const Vec<P> wanted = kFlat ? pixel + P(at * width) : Vec<P>{} + P(above.tap * kernel_w + beside.tap);
             const auto here = (asked.index == wanted) & inside;
-            value = here ? (Sum ? value + asked.value : asked.value) : value;
+            value = taken(value, asked.value, here, sum);
             row_found -= (Vec<P>)here;
           }
         }
@@ -138,12 +137,13 @@ bool two_by_two(const MaxUnpool<T>& t) {
   return fits(t.geometry.y) && fits(t.geometry.x);
 }
 
-template <bool Sum, class I, class T>
+template <class I, class T>
 int64_t unpool_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, int64_t end) {
   using A = Acc<T>;
   using P = Position<T>;
   constexpr int L = kLanes<A>;
   const PoolAxis &y = t.geometry.y, &x = t.geometry.x;
+  const auto sum = Vec<P>{} < P(t.sum);
   int64_t found = 0;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / y.input, at = task % y.input;
@@ -160,18 +160,13 @@ int64_t unpool_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, in
             const int64_t from = ((image * y.output + above.window) * x.output + beside.window) * t.channels + c;
             const int64_t wanted = sizeof(I) == 8 ? at * x.input + px : above.tap * x.kernel + beside.tap;
             for (int v = 0; v < V; ++v) {
-              const auto here = load_indices<P>(indices + from + v * L, n) == Vec<P>{} + P(wanted);
+              const auto here = load_indices<P>(indices + from + v * L, LaneRange{0, n}) == Vec<P>{} + P(wanted);
               const Vec<A> given = load_n(t.from + from + v * L, n);
-              value[v] = here ? (Sum ? value[v] + given : given) : value[v];
+              value[v] = taken(value[v], given, here, sum);
               row_found -= (Vec<P>)here;
             }
           }
-        for (int v = 0; v < V; ++v) {
-          if (n == L)
-            store_through(to + c + v * L, value[v], t.stream);
-          else
-            store_first(to + c + v * L, value[v], n);
-        }
+        for (int v = 0; v < V; ++v) store_part(to + c + v * L, value[v], n, t.stream);
       });
     }
     found += sum_lanes<P>(row_found);
@@ -181,26 +176,26 @@ int64_t unpool_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, in
 }
 
 // Towards windows each asks its pixels which of them it points at; returns how many found theirs.
-template <int S, int K, class I, class T>
+template <int S, class I, class T>
 int64_t gather_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int64_t end) {
   using P = Position<T>;
   constexpr int L = kLanes<Acc<T>>;
   constexpr bool kFlat = sizeof(I) == 8;
   const PoolGeometry g = t.geometry;
-  const int64_t width = g.x.input;
+  const int64_t width = g.x.input, pixels = g.y.input * width;
   const Vec<P> lanes = iota<P>() * P(g.x.stride);
   int64_t found = 0;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t plane = task / g.y.output, oy = task % g.y.output;
-    const T* const map = t.from + plane * g.y.input * width;
+    const Plane<T> map{t.from, t.images * t.channels * pixels, plane * pixels, width};
     const TapRange rows = taps_inside(g.y, oy);
     Vec<P> row_found{};
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
       const int n = int(least(L, g.x.output - ox));
       const int64_t at = task * g.x.output + ox;
-      const Vec<P> index = load_indices<P>(indices + at, n), column = lanes + P(g.x.start(ox));
+      const Vec<P> index = load_indices<P>(indices + at, LaneRange{0, n}), column = lanes + P(g.x.start(ox));
       Vec<Acc<T>> value{};
-      each_tap<S, K>(g, map, width, rows, oy, ox, Acc<T>(0),
+      each_tap<S, 0>(g, map, rows, oy, ox, n, Acc<T>(0),
                      [&](int64_t i, int64_t j, Vec<Acc<T>> tap) FASTCV_INLINE_LAMBDA {
                        const Vec<P> x = column + P(j * g.x.dilation);
                        const int64_t row = (g.y.start(oy) + i * g.y.dilation) * width;
@@ -209,10 +204,7 @@ int64_t gather_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
                        value = here ? tap : value;
                        row_found -= (Vec<P>)here;
                      });
-      if (n == L)
-        store_through(t.to + at, value, t.stream);
-      else
-        store_first(t.to + at, value, n);
+      store_part(t.to + at, value, n, t.stream);
     }
     found += sum_lanes<P>(row_found);
   }
@@ -236,7 +228,7 @@ int64_t gather_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, in
       const T* const window = t.from + (image * y.input * x.input + pixel) * t.channels;
       each_channel_block<Acc<T>>(t.channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
         for (int v = 0; v < decltype(vectors)::value; ++v) {
-          const Vec<P> index = load_indices<P>(indices + at + c + v * L, n);
+          const Vec<P> index = load_indices<P>(indices + at + c + v * L, LaneRange{0, n});
           Vec<Acc<T>> value{};
           for (int64_t i = rows.first; i < rows.last; ++i)
             for (int64_t j = columns.first; j < columns.last; ++j) {
@@ -245,10 +237,7 @@ int64_t gather_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, in
               value = here ? load_n(window + tap * t.channels + c + v * L, n) : value;
               row_found -= (Vec<P>)here;
             }
-          if (n == L)
-            store_through(t.to + at + c + v * L, value, t.stream);
-          else
-            store_first(t.to + at + c + v * L, value, n);
+          store_part(t.to + at + c + v * L, value, n, t.stream);
         }
       });
     }
@@ -288,24 +277,22 @@ FASTCV_INLINE void each_index(const MaxUnpool<T>& t, int64_t from, int64_t step,
 template <class T>
 int64_t max_unpool2d_contiguous(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
   if (two_by_two(t)) return t.flat ? unpool_rows_2x2(t, t.flat, begin, end) : unpool_rows_2x2(t, t.compact, begin, end);
-  return with_columns(t.geometry.x, [&](auto columns) {
+  return with_strides(t.geometry.x, [&](auto columns) {
     constexpr int S = columns.stride;
-    if (t.flat) return t.sum ? unpool_rows<S, true>(t, t.flat, begin, end) : unpool_rows<S, false>(t, t.flat, begin, end);
-    return t.sum ? unpool_rows<S, true>(t, t.compact, begin, end) : unpool_rows<S, false>(t, t.compact, begin, end);
+    return t.flat ? unpool_rows<S>(t, t.flat, begin, end) : unpool_rows<S>(t, t.compact, begin, end);
   });
 }
 
 template <class T>
 int64_t max_unpool2d_channels_last(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
-  if (t.flat) return t.sum ? unpool_pixels<true>(t, t.flat, begin, end) : unpool_pixels<false>(t, t.flat, begin, end);
-  return t.sum ? unpool_pixels<true>(t, t.compact, begin, end) : unpool_pixels<false>(t, t.compact, begin, end);
+  return t.flat ? unpool_pixels(t, t.flat, begin, end) : unpool_pixels(t, t.compact, begin, end);
 }
 
 template <class T>
 int64_t max_unpool2d_gather_contiguous(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
-  return with_columns(t.geometry.x, [&](auto c) {
-    constexpr int S = c.stride, K = c.kernel;
-    return t.flat ? gather_rows<S, K>(t, t.flat, begin, end) : gather_rows<S, K>(t, t.compact, begin, end);
+  return with_strides(t.geometry.x, [&](auto columns) {
+    constexpr int S = columns.stride;
+    return t.flat ? gather_rows<S>(t, t.flat, begin, end) : gather_rows<S>(t, t.compact, begin, end);
   });
 }
 

@@ -1,4 +1,5 @@
 // Steps that compute an output pixel from a window of the input: pooling and resizing. Vectors run over channels.
+#include "../common/positions.h"
 #include "steps_tasks.h"
 
 namespace fastcv::FASTCV_ISA {
@@ -71,13 +72,13 @@ void step_max_pool(const StepTask& t, int64_t begin, int64_t end) {
               if (y < 0 || y >= t.in.h || x < 0 || x >= t.in.w) continue;
               const float* tap = pixel(t.a, image, y, x);
               const Vec<float> value = load_n(tap + c, n);
-              most = (value > most) | (value != value) ? value : most;  // NaN stays
+              most = takes_over(value, most) ? value : most;
               if (count < 64) taps[count++] = tap;
             }
         } else {
           for (int i = 0; i < count; ++i) {
             const Vec<float> value = load_n(taps[i] + c, n);
-            most = (value > most) | (value != value) ? value : most;
+            most = takes_over(value, most) ? value : most;
           }
         }
         store_n(out + c, most, n);

@@ -5,24 +5,10 @@
 #include "roi_pool.h"
 
 #include "../common/channel_block.h"
+#include "../common/positions.h"
 
 namespace fastcv::FASTCV_ISA {
 namespace {
-
-template <class T>
-using Acc = accumulate_t<T>;
-
-// Positions have as many bits as values, so that one comparison's mask selects both.
-template <class A>
-struct PositionOf {
-  using type = int32_t;
-};
-template <>
-struct PositionOf<double> {
-  using type = int64_t;
-};
-template <class T>
-using Position = typename PositionOf<Acc<T>>::type;
 
 template <class T>
 struct Maxima {

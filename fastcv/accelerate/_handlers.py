@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from .. import ops
 from ._arguments import arguments, layer_arguments, only, two
-from ._lower import CALLS, OPERATORS, Grouped, Indices, Lowering, Unsupported, Value, handles
+from ._lower import CALLS, Grouped, Indices, Lowering, Unsupported, Value, handles
 from ._modules import has_hooks, kind
 from ._steps import Affine, ref
 from ._weighted import norm
@@ -102,15 +102,6 @@ def _scale(to: Lowering, node: fx.Node, x: fx.Node, parameter) -> Value:
 
 
 # ---- pooling and resizing ------------------------------------------------------------------------
-
-
-def two(value) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 1:
-        pair *= 2
-    if len(pair) != 2 or not all(type(n) is int for n in pair):
-        raise Unsupported
-    return pair
 
 
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices", "indices")

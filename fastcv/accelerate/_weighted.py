@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from .. import ops
 from ._arguments import arguments, only, two
-from ._lower import CALLS, Lowering, Unsupported, Value, handles
+from ._lower import CALLS, OPERATORS, Lowering, Unsupported, Value, handles
 from ._modules import has_hooks, is_norm, is_plain_conv, is_plain_transposed
 from ._steps import Affine, Ref, ref
 
@@ -126,3 +126,5 @@ def layer_norm_function(to: Lowering, node: fx.Node) -> Value:
 
 
 CALLS[nn.BatchNorm2d] = norm
+OPERATORS[F.local_response_norm] = ops.local_response_norm, ()
+OPERATORS[nn.LocalResponseNorm] = ops.local_response_norm, ("size", "alpha", "beta", "k")

@@ -16,7 +16,7 @@ from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import register_autograd
 from ._checks import check_one_of
-from ._pooling import call, check_map, fold_images, in_format, in_onnx_export, is_channels_last, like
+from ._pooling import call, check_map, fold_images, in_format, in_onnx_export, is_channels_last, like, torch_is_faster
 from .max_pool2d import _max_unpool2d, _max_unpool2d_backward
 
 define(
@@ -73,6 +73,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: OutputSize) -> Tensor:
         >>> fastcv.ops.adaptive_avg_pool2d(torch.arange(9.).reshape(1, 1, 3, 3), 2).flatten()
         tensor([2., 3., 5., 6.])
     """
+    if type(output_size) is int and output_size > 1 and torch_is_faster("adaptive", input):  # 1 is as fast here
+        return torch._C._nn.adaptive_avg_pool2d(input, output_size)
     size = _bins(input, output_size)
     if torch.compiler.is_compiling() and in_onnx_export():
         return F.adaptive_avg_pool2d(input, size)
@@ -103,6 +105,9 @@ def adaptive_max_pool2d(
         >>> fastcv.ops.adaptive_max_pool2d(torch.arange(9.).reshape(1, 1, 3, 3), 2).flatten()
         tensor([4., 5., 7., 8.])
     """
+    if type(output_size) is int and output_size > 0 and torch_is_faster("adaptive", input):
+        result = torch._C._nn.adaptive_max_pool2d(input, output_size)
+        return result if return_indices else result[0]
     size = _bins(input, output_size)
     if torch.compiler.is_compiling() and in_onnx_export():
         return F.adaptive_max_pool2d(input, size, return_indices)

@@ -20,6 +20,7 @@ from ._pooling import (
     is_channels_last,
     like,
     pooled_size,
+    torch_is_faster,
     window,
 )
 
@@ -69,6 +70,9 @@ def avg_pool2d(
         tensor([[ 2.5000,  4.5000],
                 [10.5000, 12.5000]])
     """
+    if divisor_override is None and torch_is_faster("avg", input, kernel_size, stride, padding):
+        stride = kernel_size if stride is None else stride
+        return torch._C._nn.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
     check_map(input)
     w = window(kernel_size, stride, padding, reach=False)
     check_fits(input, w, ceil_mode)

@@ -33,6 +33,7 @@ from ._pooling import (
     like,
     plain,
     pooled_size,
+    torch_is_faster,
     window,
 )
 
@@ -123,6 +124,9 @@ def max_pool2d(
                 [0., 0., 0., 0.],
                 [3., 0., 0., 4.]])
     """
+    if indices == "int64" and torch_is_faster("max", input, kernel_size, stride, padding, dilation):
+        pool = torch._C._nn.max_pool2d_with_indices if return_indices else torch.max_pool2d
+        return pool(input, kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode)
     check_map(input)
     w = window(kernel_size, stride, padding, dilation)
     check_fits(input, w, ceil_mode)

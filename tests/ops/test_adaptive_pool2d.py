@@ -6,13 +6,19 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from fastcv import reference
-from fastcv.ops import adaptive_avg_pool2d, adaptive_max_pool2d, spatial_pyramid_pool
+from fastcv.ops import _pooling, adaptive_avg_pool2d, adaptive_max_pool2d, spatial_pyramid_pool
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SIZES = [1, 2, (3, 5), 7, (None, 3), (10, 1)]
 SHAPES = [(2, 3, 9, 8), (1, 37, 7, 7), (1, 300, 5, 6), (0, 3, 4, 4), (2, 0, 4, 4)]
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch):
+    """Small maps would go to torch's (tests/ops/test_pooling_small_maps.py)."""
+    monkeypatch.setattr(_pooling, "_MOST_BELOW", 0)
 
 
 def normal(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):

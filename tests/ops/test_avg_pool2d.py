@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 import fastcv
 from fastcv import reference
-from fastcv.ops import avg_pool2d
+from fastcv.ops import _pooling, avg_pool2d
 from fastcv.ops._pooling import window
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -24,6 +24,12 @@ CASES = [  # kernel, stride, padding, ceil_mode, count_include_pad, divisor_over
     (7, None, 0, False, True, -2),
 ]
 SHAPES = [(2, 3, 9, 8), (1, 16, 7, 7), (1, 37, 8, 40), (0, 3, 8, 8), (2, 0, 8, 8)]
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch):
+    """Small maps would go to torch's (tests/ops/test_pooling_small_maps.py)."""
+    monkeypatch.setattr(_pooling, "_MOST_BELOW", 0)
 
 
 def normal(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):

@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 import fastcv
 from fastcv import reference
-from fastcv.ops import max_pool2d
+from fastcv.ops import _pooling, max_pool2d
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -24,6 +24,12 @@ WINDOWS = [  # kernel, stride, padding, dilation, ceil_mode
     ((2, 3), 2, (1, 1), (2, 1), False),
 ]
 SHAPES = [(2, 3, 9, 8), (1, 16, 7, 7), (2, 70, 5, 33), (3, 5, 6, 64), (0, 3, 8, 8), (2, 0, 8, 8)]
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch):
+    """Small maps would go to torch's (tests/ops/test_pooling_small_maps.py)."""
+    monkeypatch.setattr(_pooling, "_MOST_BELOW", 0)
 
 
 def sample(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):

@@ -6,13 +6,19 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from fastcv import reference
-from fastcv.ops import PooledIndices, max_pool2d, max_unpool2d
+from fastcv.ops import PooledIndices, _pooling, max_pool2d, max_unpool2d
 from fastcv.ops._pooling import window
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WINDOWS = [(2, 2, 0), (2, 2, 1), (3, 2, 1), (3, 1, 1), (3, 3, 0), ((2, 3), (3, 2), 0), (5, 4, 2), ((1, 2), (1, 5), 0)]
 SHAPES = [(2, 3, 9, 8), (1, 16, 14, 14), (1, 37, 8, 40)]
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch):
+    """Small maps would go to torch's (tests/ops/test_pooling_small_maps.py)."""
+    monkeypatch.setattr(_pooling, "_MOST_BELOW", 0)
 
 
 def normal(shape, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):
