@@ -2,6 +2,7 @@
 // narrower or wider in memory than in registers.
 #pragma once
 
+#include "channel_block.h"
 #include "positions.h"
 
 namespace fastcv::FASTCV_ISA {

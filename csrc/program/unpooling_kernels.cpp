@@ -3,7 +3,7 @@
 //
 // Vectors run over channels. Bytes of memory bound both: for a window of 2x2, 16 are read and 5 written for each value of
 // pooling, and the other way round for unpooling.
-#include "../common/pool_taps.h"
+#include "../common/pool_lanes.h"
 #include "steps_tasks.h"
 
 namespace fastcv::FASTCV_ISA {
@@ -27,7 +27,7 @@ void pool_row(const StepTask& t, int64_t image, int64_t oy) {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
           const Vec<float> value = load_n(window + i * t.a.stride_y + j * t.a.stride_x + c, n);
-          const auto better = (value > most) | (value != value);  // NaN stays
+          const auto better = takes_over(value, most);
           most = better ? value : most;
           winner = better ? Vec<Index>{} + Index(i * t.p[1] + j) : winner;
         }
@@ -47,7 +47,7 @@ void unpool_row(const StepTask& t, int64_t image, int64_t y) {
     const uint8_t* winners = inside ? indices(pixel(t.b, image, oy, x / kw)) : nullptr;
     each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
       const Vec<float> value = inside ? load_n(from + c, n) : Vec<float>{};
-      const Vec<Index> winner = inside ? load_indices<Index>(winners + c, n) : Vec<Index>{};
+      const Vec<Index> winner = inside ? load_indices<Index>(winners + c, LaneRange{0, n}) : Vec<Index>{};
       for (int64_t j = 0; j < columns; ++j)
         store_n(out + j * t.y.stride_x + c, winner == Index(first + j) ? value : Vec<float>{}, n);
     });
