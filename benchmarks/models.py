@@ -37,6 +37,7 @@ CLASSIFIERS = (  # noqa: SIM905
 BACKBONE = "fasterrcnn_resnet50_fpn backbone"
 BACKBONE_BF16 = f"{BACKBONE}, bfloat16"  # where fastcv and OpenVINO compute in it
 DETECTOR = "fasterrcnn_resnet50_fpn"  # on an image of 640x480, with scores spread as trained weights spread them
+ORDER = (*CLASSIFIERS, *SYSTEMS, BACKBONE, BACKBONE_BF16, DETECTOR)  # of the table
 RUNTIMES = ("fastcv", "torch", "torch, channels-last", "torch.compile", "ONNX Runtime", "OpenVINO")
 ROUNDS, SECONDS = 7, 0.25  # turns of each runtime, and about how long one is
 COMPILE_LIMIT = 300.0  # seconds that torch.compile may take for one model
@@ -77,11 +78,17 @@ def _with_statistics(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _leaves(outputs) -> list:
-    return [leaf.detach().numpy() for leaf in torch.utils._pytree.tree_leaves(outputs)]
+    return [leaf.detach().float().numpy() for leaf in torch.utils._pytree.tree_leaves(outputs)]
 
 
 def _torch(model, x, name):
-    return lambda: _leaves(model(x))
+    """In the row of bfloat16 as torch does it: matrix products and convolutions in bfloat16, by autocast."""
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == BACKBONE_BF16):
+            return _leaves(model(x))
+
+    return call
 
 
 def _channels_last(model, x, name):
@@ -98,7 +105,8 @@ def _fastcv(model, x, name):
     import fastcv
 
     dtype = torch.bfloat16 if name == BACKBONE_BF16 else torch.float32
-    return _torch(fastcv.accelerate(model, dtype=dtype), x, name)
+    model = fastcv.accelerate(model, dtype=dtype)
+    return lambda: _leaves(model(x))
 
 
 def _onnx(model, x) -> str:
@@ -112,6 +120,8 @@ def _array(x):
 
 
 def _onnxruntime(model, x, name):
+    if name == BACKBONE_BF16:
+        raise NotImplementedError("no bfloat16 on the CPU")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -165,6 +175,8 @@ def _work(pipe, runtime: str, name: str, threads: int) -> None:
                 pipe.send((time.perf_counter() - start) / calls)
     except ImportError as error:
         pipe.send(f"not installed ({error.name})")
+    except NotImplementedError as error:
+        pipe.send(str(error))
     except Exception as error:
         traceback.print_exc()
         pipe.send(f"failed ({type(error).__name__})")
@@ -254,9 +266,15 @@ def table(rows: list[Row], environment: dict) -> str:
     lines = [
         "# Whole models",
         "",
-        f"{environment['processor']}, {environment['threads']} threads, torch {environment['torch']}; batch 1, "
-        "float32, milliseconds, the median of turns. Written by `python -m benchmarks.models`.",
+        f"{environment['processor']}, {environment['threads']} threads, torch {environment['torch']}; batch 1 and "
+        "float32 where nothing else is said, milliseconds, the median of turns. In bfloat16 torch runs under autocast. "
+        "Written by `python -m benchmarks.models`.",
         "",
+        *(
+            [f"Not measured: {', '.join(r for r in RUNTIMES if r not in runtimes)}.", ""]
+            if len(runtimes) < len(RUNTIMES)
+            else []
+        ),
         f"| model | {' | '.join(runtimes)} | torch / fastcv | best other / fastcv |",
         "|---|" + "---:|" * (len(runtimes) + 2),
     ]
@@ -313,13 +331,18 @@ def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
 
 
 def short_table(rows: list[Row]) -> str:
-    """Milliseconds of a few models, for the README."""
+    """Milliseconds of a few models, for the README; of torch in its better memory format."""
     chosen = ["vgg16", "resnet18", "resnet50", "mobilenet_v2", *SYSTEMS, BACKBONE, BACKBONE_BF16, DETECTOR]
-    runtimes = ["torch", "ONNX Runtime", "OpenVINO", "fastcv"]
-    lines = [f"| milliseconds, one image | {' | '.join(runtimes)} |", "|---|" + "---:|" * len(runtimes)]
+    columns = {
+        "torch": ("torch", "torch, channels-last"),  # the better of the two
+        **{name: (name,) for name in ("torch.compile", "ONNX Runtime", "OpenVINO", "fastcv")},
+    }
+    columns = {name: rs for name, rs in columns.items() if any(r in row.seconds for row in rows for r in rs)}
+    lines = [f"| milliseconds | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         if row.model in chosen:
-            cells = [f"{row.seconds[r] * 1e3:.1f}" if r in row.seconds else "" for r in runtimes]
+            times = [[row.seconds[r] for r in runtimes if r in row.seconds] for runtimes in columns.values()]
+            cells = [f"{min(each) * 1e3:.1f}" if each else "" for each in times]
             lines.append(f"| {row.model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -331,6 +354,13 @@ def update_readme(rows: list[Row]) -> None:
     head, rest = text.split(begin)
     with replacing(path) as temporary:
         temporary.write_text(head + begin + short_table(rows) + end + rest.split(end)[1])
+
+
+def updated(kept: list[Row], measured: list[Row]) -> list[Row]:
+    """``kept`` with the rows of models that were measured again, new ones where the table's order has them."""
+    rows = {row.model: row for row in (*kept, *measured)}
+    order = [name for name in ORDER if name in rows]
+    return [rows[name] for name in (*order, *(name for name in rows if name not in order))]
 
 
 def save(folder: Path, rows: list[Row], environment: dict) -> None:
@@ -360,6 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results for a whole run, else none")
+    parser.add_argument("--update", action="store_true", help="put the rows measured now into the kept results")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="write table and chart of an earlier run again")
     options = parser.parse_args(arguments)
     if options.redraw:
@@ -370,13 +401,17 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [r for r in options.runtimes if not (options.no_compile and r == "torch.compile")]
     runtimes = tuple(dict.fromkeys(("fastcv", "torch", *chosen)))
     rows = []
-    for name in options.models or [*CLASSIFIERS, *SYSTEMS, BACKBONE, BACKBONE_BF16, DETECTOR]:
+    for name in options.models or ORDER:
         rows.append(measure(name, runtimes, options.threads, options.compile_limit))
         times = ", ".join(f"{runtime} {seconds * 1e3:.1f} ms" for runtime, seconds in rows[-1].seconds.items())
         print(f"{name}: {times} {rows[-1].missing or ''}", flush=True)
     environment = harness.environment()
     print(table(rows, environment))
     folder = options.output or (RESULTS if options.models is None and len(runtimes) == len(RUNTIMES) else None)
+    if options.update:
+        folder = options.output or RESULTS
+        kept = [Row(**row) for row in json.loads((folder / "models.json").read_text())["rows"]]
+        rows = updated(kept, rows)
     if folder is not None:
         save(folder, rows, environment)
     return 0

@@ -102,7 +102,21 @@ def test_table_of_models():
     assert "| resnet18 | 10.0 | 25.0 | not installed (onnx) | 20.0 | 2.50 | 2.00 |" in text
     assert "| vgg16 | 100.0 | 200.0 | not installed (onnx) | 90.0 | 2.00 | 0.90 |" in text
     assert "torch 2.24, OpenVINO 1.34." in text
-    assert "| resnet18 | 25.0 |  | 20.0 | 10.0 |" in models.short_table(rows)
+    assert "Not measured: torch, channels-last, torch.compile." in text
+    assert "| resnet18 | 25.0 | 20.0 | 10.0 |" in models.short_table(rows)
+    rows[0].seconds["torch, channels-last"] = 0.015
+    assert "| resnet18 | 15.0 | 20.0 | 10.0 |" in models.short_table(rows)
+
+
+def test_rows_measured_again():
+    def row(name, seconds):
+        return models.Row(name, {"fastcv": seconds, "torch": 1.0}, {})
+
+    kept, again = [row("vgg16", 0.1), row("other", 0.2), row("resnet18", 0.3)], [row("vgg16", 0.4), row("alexnet", 0.5)]
+    rows = models.updated(kept, again)
+    assert [(r.model, r.seconds["fastcv"]) for r in rows] == [
+        ("alexnet", 0.5), ("vgg16", 0.4), ("resnet18", 0.3), ("other", 0.2)
+    ]  # fmt: skip
 
 
 def test_outputs_of_runtimes_must_agree():
