@@ -40,4 +40,12 @@ CpuIsa cpu_isa() {
   return isa;
 }
 
+bool bf16_products() {
+#if defined(FASTCV_X86)
+  return cpu_isa() == CpuIsa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fastcv

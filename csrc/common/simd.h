@@ -194,26 +194,46 @@ FASTCV_INLINE void store_first(float* p, Vec<float> v, int n) {
 }
 #endif
 
-// Copies past the caches, for results larger than them: a plain store would first read each line from memory. `to` is
-// ordered with other threads' reads after stream_end(). Whole, aligned lines only; others are copied as usual.
-FASTCV_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+// A whole vector, or the first n lanes where there are fewer.
+template <class S>
+FASTCV_INLINE Vec<accumulate_t<S>> load_some(const S* p, int64_t n) {
+  return n >= kLanes<accumulate_t<S>> ? load(p) : load_first(p, int(n));
+}
+template <class S>
+FASTCV_INLINE void store_some(S* p, Vec<accumulate_t<S>> v, int64_t n) {
+  if (n >= kLanes<accumulate_t<S>>)
+    store(p, v);
+  else
+    store_first(p, v, int(n));
+}
+
+// A vector past the caches, for results larger than them: a plain store would first read its line from memory. Ordered
+// with other threads' reads after stream_end(). As usual where the address is not aligned to the vector.
+template <class A>
+FASTCV_INLINE void store_streaming(A* p, Vec<A> v) {
 #if defined(__SSE2__)
-  if (((uintptr_t(to) | uintptr_t(bytes)) & 63) == 0) {
-    for (int64_t at = 0; at < bytes; at += kVectorBytes) {
-      Vec<float> v = load(reinterpret_cast<const float*>(static_cast<const char*>(from) + at));
-      float* line = reinterpret_cast<float*>(static_cast<char*>(to) + at);
+  if ((uintptr_t(p) & (kVectorBytes - 1)) == 0) {
 #if defined(__AVX512F__)
-      _mm512_stream_ps(line, (__m512)v);
+    _mm512_stream_si512((__m512i*)p, (__m512i)v);
 #elif defined(__AVX2__)
-      _mm256_stream_ps(line, (__m256)v);
+    _mm256_stream_si256((__m256i*)p, (__m256i)v);
 #else
-      _mm_stream_ps(line, (__m128)v);
+    _mm_stream_si128((__m128i*)p, (__m128i)v);
 #endif
-    }
     return;
   }
 #endif
-  memcpy(to, from, size_t(bytes));
+  store(p, v);
+}
+// The same for a copy of whole, aligned lines; others are copied as usual.
+FASTCV_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+  if (((uintptr_t(to) | uintptr_t(bytes)) & 63) != 0) {
+    memcpy(to, from, size_t(bytes));
+    return;
+  }
+  for (int64_t at = 0; at < bytes; at += kVectorBytes)
+    store_streaming(reinterpret_cast<float*>(static_cast<char*>(to) + at),
+                    load(reinterpret_cast<const float*>(static_cast<const char*>(from) + at)));
 }
 FASTCV_INLINE void stream_end() {
 #if defined(__SSE2__)

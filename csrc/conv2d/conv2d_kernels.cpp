@@ -112,15 +112,6 @@ void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel) 
   choices.any = !choices.kernels.empty();
 }
 
-// Faster than float32 with the instruction for it, slower without.
-static bool has_bf16() {
-#if defined(FASTCV_X86)
-  return cpu_isa() == CpuIsa::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 // The first that serves the shape, and of Winograd's the one that costs least, where that is less than the direct sum. What
 // costs exactness must promise to be a tenth faster. Tiles of 5x5 pixels pay for kernels of 2 elements, for which they have 4
 // outputs along an axis and fit sizes that are powers of 2.
@@ -152,7 +143,7 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
     if (precision != Precision::highest || !winograd_tile(*measured)) kernel = measured;
   // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
   // Where pixels have few channels, rounding them takes as long as it saves.
-  if (precision == Precision::bfloat16 && kernel && (kernel->number == 0 || kernel->number == 5) && has_bf16() &&
+  if (precision == Precision::bfloat16 && kernel && (kernel->number == 0 || kernel->number == 5) && bf16_products() &&
       shape.group_channels() >= 16)
     return conv2d_kernel("bf16", shape);
   return kernel;

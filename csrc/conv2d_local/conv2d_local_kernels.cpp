@@ -22,18 +22,6 @@ constexpr int64_t kMostPatches = 128 * 1024;
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class S>
-FASTCV_INLINE Vec<accumulate_t<S>> load_some(const S* p, int64_t n) {
-  return n >= kLanes<accumulate_t<S>> ? load(p) : load_first(p, int(n));
-}
-template <class S>
-FASTCV_INLINE void store_some(S* p, Vec<accumulate_t<S>> x, int64_t n) {
-  if (n >= kLanes<accumulate_t<S>>)
-    store(p, x);
-  else
-    store_first(p, x, int(n));
-}
-
 // A patch in scratch memory, padded to whole vectors.
 template <class T>
 int64_t patch_step(const Conv2dLocalShape& s) {
@@ -63,6 +51,19 @@ void gather_patch(const Conv2dLocal<T>& task, int64_t image, int64_t p, Acc<T>* 
       }
     }
   for (Acc<T>* const end = patch + patch_step<T>(s); to < end; ++to) *to = 0;
+}
+
+// f(pixel, first image, images) for the output pixels begin <= p < end, whose patches of these images are in scratch
+// memory then.
+template <class T, class F>
+FASTCV_INLINE void each_patches(const Conv2dLocal<T>& task, int64_t begin, int64_t end, Acc<T>* scratch, const F& f) {
+  const int64_t step = patch_step<T>(task.shape), together = images_together<T>(task.shape);
+  for (int64_t p = begin; p < end; ++p)
+    for (int64_t first = 0; first < task.shape.images; first += together) {
+      const int64_t images = min_of(together, task.shape.images - first);
+      for (int64_t n = 0; n < images; ++n) gather_patch(task, first + n, p, scratch + n * step);
+      f(p, first, images);
+    }
 }
 
 template <class A>
@@ -125,18 +126,15 @@ template <class T>
 void conv2d_local_forward(const Conv2dLocal<T>& task, int64_t begin, int64_t end, const FeatureMap<T>& output,
                           Acc<T>* scratch) {
   const Conv2dLocalShape& s = task.shape;
-  const int64_t depth = s.depth(), step = patch_step<T>(s), together = images_together<T>(s);
-  for (int64_t p = begin; p < end; ++p)
-    for (int64_t first = 0; first < s.images; first += together) {
-      const int64_t images = min_of(together, s.images - first);
-      for (int64_t n = 0; n < images; ++n) gather_patch(task, first + n, p, scratch + n * step);
-      const T* const weight = task.weight + p * s.out_channels * depth;
-      int64_t k = 0;
-      for (; k + 4 <= s.out_channels; k += 4)
-        dot_rows<4>(weight + k * depth, scratch, step, depth, k, first, images, p, s.out_width, output);
-      for (; k < s.out_channels; ++k)
-        dot_rows<1>(weight + k * depth, scratch, step, depth, k, first, images, p, s.out_width, output);
-    }
+  const int64_t depth = s.depth(), step = patch_step<T>(s);
+  each_patches(task, begin, end, scratch, [&](int64_t p, int64_t first, int64_t images) {
+    const T* const weight = task.weight + p * s.out_channels * depth;
+    int64_t k = 0;
+    for (; k + 4 <= s.out_channels; k += 4)
+      dot_rows<4>(weight + k * depth, scratch, step, depth, k, first, images, p, s.out_width, output);
+    for (; k < s.out_channels; ++k)
+      dot_rows<1>(weight + k * depth, scratch, step, depth, k, first, images, p, s.out_width, output);
+  });
 }
 
 template <class T>
@@ -144,23 +142,20 @@ void conv2d_local_weight_gradient(const Conv2dLocal<T>& task, int64_t begin, int
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const Conv2dLocalShape& s = task.shape;
-  const int64_t depth = s.depth(), step = patch_step<T>(s), together = images_together<T>(s);
-  for (int64_t p = begin; p < end; ++p)
-    for (int64_t first = 0; first < s.images; first += together) {
-      const int64_t images = min_of(together, s.images - first);
-      for (int64_t n = 0; n < images; ++n) gather_patch(task, first + n, p, scratch + n * step);
-      for (int64_t k = 0; k < s.out_channels; ++k) {
-        T* const to = gradient + (p * s.out_channels + k) * depth;
-        for (int64_t d = 0; d < depth; d += L) {
-          Vec<A> sum = first ? load_some(to + d, depth - d) : Vec<A>{};
-          for (int64_t n = 0; n < images; ++n) {
-            const A g = to_accumulate(task.output.data[element(task.output, first + n, k, p, s.out_width)]);
-            sum = fma(broadcast(g), load(scratch + n * step + d), sum);
-          }
-          store_some(to + d, sum, depth - d);
+  const int64_t depth = s.depth(), step = patch_step<T>(s);
+  each_patches(task, begin, end, scratch, [&](int64_t p, int64_t first, int64_t images) {
+    for (int64_t k = 0; k < s.out_channels; ++k) {
+      T* const to = gradient + (p * s.out_channels + k) * depth;
+      for (int64_t d = 0; d < depth; d += L) {
+        Vec<A> sum = first ? load_some(to + d, depth - d) : Vec<A>{};
+        for (int64_t n = 0; n < images; ++n) {
+          const A g = to_accumulate(task.output.data[element(task.output, first + n, k, p, s.out_width)]);
+          sum = fma(broadcast(g), load(scratch + n * step + d), sum);
         }
+        store_some(to + d, sum, depth - d);
       }
     }
+  });
 }
 
 template <class T>

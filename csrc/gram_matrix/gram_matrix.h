@@ -47,6 +47,9 @@ FASTCV_EACH_ISA(
     // Tasks begin <= t < end: the map has height 1, or positions are read row by row.
     template <class T> void gram_sum(const FeatureMap<const T>& map, const GramPlan& plan, int64_t begin, int64_t end,
                                      accumulate_t<T>* sums, accumulate_t<T>* scratch);
+    // The same for words of two bfloat16 numbers, neighbours of a channel; the plan is of float32 and so many words.
+    void gram_sum_pairs(const FeatureMap<const float>& map, const GramPlan& plan, int64_t begin, int64_t end,
+                        float* sums, float* scratch);
     // Rows of blocks begin <= i < end of images * blocks; squares[i] is the sum of squares of what was written for it,
     // where there is a target.
     template <class T, class O> void gram_finish(const GramFinish<T, O>& task, const GramPlan& plan, int64_t begin,

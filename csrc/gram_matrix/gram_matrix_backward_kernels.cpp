@@ -1,9 +1,9 @@
 // The gradient of a Gram matrix: S F with the symmetric S = scale * (grad + grad^T), 2 C^2 operations a position.
 //
 // Contiguous features: rows are channels of the result, S broadcast where it lies, [C][C]; columns are positions,
-// kPanel of them, packed [channel][position] (64 KB for 256 channels). A task packs a few panels, and each row tile of
+// kWidth of them, packed [channel][position] (64 KB for 256 channels). A task packs a few panels, and each row tile of
 // S (6 KB) meets them all. Channels-last: rows are positions, read where they lie (half types: converted first);
-// columns are output channels, S laid out in panels [panel][channel][kPanel], each read from the second-level cache by
+// columns are output channels, S laid out in panels [panel][channel][kWidth], each read from the second-level cache by
 // all positions of a task. Bound by arithmetic: 8.6 G multiply-adds for 256 x 65536, 75 ms on one core of 115 GFLOP/s.
 #include "gram_matrix.h"
 
@@ -15,8 +15,8 @@ namespace {
 
 template <class T>
 using Acc = accumulate_t<T>;
-template <class T>
-constexpr int64_t kPanel = kGramVectors * kLanes<Acc<T>>;
+template <class T>  // of a panel
+constexpr int64_t kWidth = kGramVectors * kLanes<Acc<T>>;
 
 constexpr int64_t kTaskBytes = 192 * 1024;  // of features
 constexpr int64_t kMostPanels = 4;
@@ -28,16 +28,8 @@ FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Positions of a task.
 template <class T>
 int64_t task_positions(const GramBackward<T>& task) {
-  const int64_t panels = kTaskBytes / (kPanel<T> * int64_t(sizeof(Acc<T>)) * max_of(1, task.features.channels));
-  return max_of(1, min_of(kMostPanels, panels)) * kPanel<T>;
-}
-
-template <class T, class A>
-FASTCV_INLINE void store_lane_vector(T* to, Vec<A> x, int64_t n) {
-  if (n >= kLanes<A>)
-    store(to, x);
-  else if (n > 0)
-    store_first(to, x, int(n));
+  const int64_t panels = kTaskBytes / (kWidth<T> * int64_t(sizeof(Acc<T>)) * max_of(1, task.features.channels));
+  return max_of(1, min_of(kMostPanels, panels)) * kWidth<T>;
 }
 
 // Rows of the result, at row_step, by kGramVectors vectors of columns, `width` of which exist.
@@ -59,7 +51,8 @@ void product_tile(const A* rows, int64_t row_step, const A* panel, int64_t depth
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kGramVectors; ++v) store_lane_vector<T, A>(to + r * to_step + v * L, sum[r][v], width - v * L);
+      for (int v = 0; v < kGramVectors; ++v)
+        if (v * L < width) store_some(to + r * to_step + v * L, sum[r][v], width - v * L);
   }
 }
 
@@ -76,22 +69,22 @@ void product_rows(int64_t count, const A* rows, int64_t row_step, const A* panel
 template <class T>
 void contiguous_task(const GramBackward<T>& task, int64_t image, int64_t first, int64_t count, Acc<T>* scratch) {
   const FeatureMap<const T>& map = task.features;
-  const int64_t channels = map.channels, size = channels * kPanel<T>;
+  const int64_t channels = map.channels, size = channels * kWidth<T>;
   constexpr int L = kLanes<Acc<T>>;
-  for (int64_t p = 0; p < count; p += kPanel<T>) {
-    Acc<T>* const panel = scratch + p / kPanel<T> * size;
+  for (int64_t p = 0; p < count; p += kWidth<T>) {
+    Acc<T>* const panel = scratch + p / kWidth<T> * size;
     for (int64_t c = 0; c < channels; ++c)
       for (int v = 0; v < kGramVectors; ++v) {
         const T* from = map.data + image * map.stride_n + c * map.stride_c + first + p + v * L;
         const int64_t n = count - p - v * L;
-        store(panel + c * kPanel<T> + v * L, n >= L ? load(from) : n > 0 ? load_first(from, int(n)) : Vec<Acc<T>>{});
+        store(panel + c * kWidth<T> + v * L, n > 0 ? load_some(from, n) : Vec<Acc<T>>{});
       }
   }
   const Acc<T>* const symmetric = task.symmetric + image * task.symmetric_stride_n;
   T* const output = task.output.data + image * task.output.stride_n + first;
   for (int64_t c = 0; c < channels; c += kGramRows)
-    for (int64_t p = 0; p < count; p += kPanel<T>)
-      product_rows(min_of(kGramRows, channels - c), symmetric + c * channels, channels, scratch + p / kPanel<T> * size,
+    for (int64_t p = 0; p < count; p += kWidth<T>)
+      product_rows(min_of(kGramRows, channels - c), symmetric + c * channels, channels, scratch + p / kWidth<T> * size,
                    channels, output + c * task.output.stride_c + p, task.output.stride_c, count - p);
 }
 
@@ -108,15 +101,11 @@ void channels_last_task(const GramBackward<T>& task, int64_t image, int64_t firs
     constexpr int L = kLanes<Acc<T>>;
     for (int64_t p = 0; p < count; ++p)
       for (int64_t c = 0; c < channels; c += L)
-        if (c + L <= channels)
-          store(scratch + p * channels + c, load(features + p * step + c));
-        else
-          store_first(scratch + p * channels + c, load_first(features + p * step + c, int(channels - c)),
-                      int(channels - c));
+        store_some(scratch + p * channels + c, load_some(features + p * step + c, channels - c), channels - c);
     rows = scratch, step = channels;
   }
   T* const output = task.output.data + image * task.output.stride_n + first * task.output.stride_x;
-  for (int64_t c = 0; c < channels; c += kPanel<T>)
+  for (int64_t c = 0; c < channels; c += kWidth<T>)
     product_rows(count, rows, step, task.symmetric + image * task.symmetric_stride_n + c * channels, channels,
                  output + c, task.output.stride_x, channels - c);
 }
@@ -125,17 +114,17 @@ void channels_last_task(const GramBackward<T>& task, int64_t image, int64_t firs
 
 template <class A>
 int64_t gram_symmetric_size(int64_t channels, bool channels_last) {
-  return channels * (channels_last ? ceil_div(channels, kPanel<A>) * kPanel<A> : channels);
+  return channels * (channels_last ? ceil_div(channels, kWidth<A>) * kWidth<A> : channels);
 }
 
 template <class A>
 void gram_symmetrize(const A* grad, int64_t channels, A scale, bool channels_last, A* to, int64_t begin, int64_t end) {
-  constexpr int64_t kLine = 64 / sizeof(A), kSquare = kPanel<A> < kLine ? kPanel<A> : kLine;  // whole lines of both matrices
-  const int64_t columns = channels_last ? ceil_div(channels, kPanel<A>) * kPanel<A> : channels;
+  constexpr int64_t kLine = 64 / sizeof(A), kSquare = kWidth<A> < kLine ? kWidth<A> : kLine;  // whole lines of both matrices
+  const int64_t columns = channels_last ? ceil_div(channels, kWidth<A>) * kWidth<A> : channels;
   for (int64_t i0 = begin; i0 < end; i0 += kSquare)
     for (int64_t j0 = 0; j0 < columns; j0 += kSquare) {
-      const int64_t step = channels_last ? kPanel<A> : channels;
-      A* const square = channels_last ? to + j0 / kPanel<A> * kPanel<A> * channels + j0 % kPanel<A> : to + j0;
+      const int64_t step = channels_last ? kWidth<A> : channels;
+      A* const square = channels_last ? to + j0 / kWidth<A> * kWidth<A> * channels + j0 % kWidth<A> : to + j0;
       for (int64_t i = i0; i < min_of(end, i0 + kSquare); ++i)
         for (int64_t j = j0; j < min_of(columns, j0 + kSquare); ++j)
           square[i * step + j - j0] = j < channels ? scale * (grad[i * channels + j] + grad[j * channels + i]) : A(0);

@@ -22,20 +22,45 @@ void check_features(const Tensor& features) {
 }
 
 template <class T>
-Tensor sums_of(const FeatureMap<const T>& map, const GramPlan& plan) {
+using GramKernel = void (*)(const FeatureMap<const T>& map, const GramPlan& plan, int64_t begin, int64_t end,
+                            accumulate_t<T>* sums, accumulate_t<T>* scratch);
+
+struct GramSums {
+  GramPlan plan;
+  Tensor sums;
+};
+
+template <class T>
+GramSums sums_of_map(const FeatureMap<const T>& map, GramKernel<T> kernel) {
   using A = accumulate_t<T>;
+  const GramPlan plan = FASTCV_PICK(gram_plan<T>)(map.images, map.channels, map.height * map.width);
   Tensor sums = empty_cpu({FASTCV_PICK(gram_sums<T>)(plan)}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* const to = mutable_data<A>(sums);
   parallel_dynamic(plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     const Scratch<A> scratch = allocate_scratch<A>(FASTCV_PICK(gram_scratch<T>)(plan));
-    FASTCV_PICK(gram_sum<T>)(map, plan, begin, end, to, scratch.get());
+    kernel(map, plan, begin, end, to, scratch.get());
   });
-  return sums;
+  return {plan, sums};
+}
+
+// Whether neighbouring positions of a channel are words.
+bool has_words(const FeatureMap<const bfloat16_t>& map) {
+  const int64_t all = map.width | map.stride_n | map.stride_c | (map.height > 1 ? map.stride_y : 0);
+  return map.stride_x == 1 && all % 2 == 0 && uintptr_t(map.data) % 4 == 0;
 }
 
 template <class T>
-GramPlan plan_of(const Tensor& features) {
-  return FASTCV_PICK(gram_plan<T>)(features.size(0), features.size(1), features.size(2) * features.size(3));
+GramSums sums_of(const Tensor& features) {
+  const FeatureMap<const T> map = flattened(feature_map<const T>(features));
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    if (bf16_products() && has_words(map)) {
+      const auto* const data = reinterpret_cast<const float*>(map.data);
+      const FeatureMap<const float> words{data, map.images, map.channels, map.height, map.width / 2, map.stride_n / 2,
+                                          map.stride_c / 2, map.stride_y / 2, 1};
+      return sums_of_map<float>(words, FASTCV_PICK(gram_sum_pairs));
+    }
+  }
+  return sums_of_map<T>(map, FASTCV_PICK(gram_sum<T>));
 }
 
 Tensor gram_matrix_cpu(const Tensor& features, const std::string& normalize) {
@@ -46,8 +71,8 @@ Tensor gram_matrix_cpu(const Tensor& features, const std::string& normalize) {
   dispatch_floating(features.scalar_type(), "features", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    const GramPlan plan = plan_of<T>(features);
-    const Tensor sums = sums_of(flattened(feature_map<const T>(features)), plan);
+    const auto [made, sums] = sums_of<T>(features);
+    const GramPlan& plan = made;
     const GramFinish<T, T> task{data<A>(sums), A(scale_of(normalize, features)), mutable_data<T>(gram), nullptr, 0};
     parallel_for(plan.images * plan.blocks, 1, [&](int64_t begin, int64_t end) {
       FASTCV_PICK(gram_finish<T, T>)(task, plan, begin, end, nullptr);
@@ -109,8 +134,8 @@ std::pair<Tensor, double> style_layer(const Tensor& features, const Tensor& targ
   const Tensor target = as_contiguous(target_any, type);
   Tensor difference = empty_cpu({images, channels, channels}, type);
   if (difference.numel() == 0) return {difference, 0};
-  const GramPlan plan = plan_of<T>(features);
-  const Tensor sums = sums_of(flattened(feature_map<const T>(features)), plan);
+  const auto [made, sums] = sums_of<T>(features);
+  const GramPlan& plan = made;
   const GramFinish<T, A> task{data<A>(sums), A(scale_of("elements", features)), mutable_data<A>(difference),
                               data<A>(target), target.size(0) == 1 ? 0 : channels * channels};
   std::vector<double> squares(plan.images * plan.blocks);

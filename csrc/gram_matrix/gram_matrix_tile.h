@@ -1,7 +1,7 @@
 // The inner loop of Gram matrices and of their gradients: a tile of sums in registers.
 #pragma once
 
-#include "../common/simd.h"
+#include "../conv2d/conv2d_tile.h"
 
 namespace fastcv::FASTCV_ISA {
 
@@ -9,8 +9,9 @@ namespace fastcv::FASTCV_ISA {
 constexpr int kGramVectors = kVectorBytes == 64 ? 4 : 2;
 constexpr int kGramRows = kVectorBytes == 64 ? 6 : 4;
 
-// sum[r][v] += rows[r * row_step + k * depth_step] * columns[v * vector_step + k * column_step] over k < depth.
-template <class A, int R, int NV>
+// sum[r][v] += rows[r * row_step + k * depth_step] * columns[v * vector_step + k * column_step] over k < depth. Pairs:
+// of two bfloat16 numbers each.
+template <bool Pairs = false, class A, int R, int NV>
 FASTCV_INLINE void multiply_add(Vec<A> (&sum)[R][NV], const A* rows, int64_t row_step, int64_t depth_step,
                                 const A* columns, int64_t vector_step, int64_t column_step, int64_t depth) {
   for (int64_t k = 0; k < depth; ++k, rows += depth_step, columns += column_step) {
@@ -21,7 +22,11 @@ FASTCV_INLINE void multiply_add(Vec<A> (&sum)[R][NV], const A* rows, int64_t row
     for (int r = 0; r < R; ++r) {
       const Vec<A> x = broadcast(rows[r * row_step]);
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) sum[r][v] = fma(x, w[v], sum[r][v]);
+      for (int v = 0; v < NV; ++v)
+        if constexpr (Pairs)
+          sum[r][v] = add_pairs(x, w[v], sum[r][v]);
+        else
+          sum[r][v] = fma(x, w[v], sum[r][v]);
     }
   }
 }

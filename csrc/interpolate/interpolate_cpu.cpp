@@ -88,14 +88,17 @@ Table<A> table_of(const Transposed<A>& t, int64_t in) {
   if (table.taps > kMostTaps || table.taps == 0) return table;
   table.stride = in + kPadding;
   table.from.assign(table.taps * table.stride, 0), table.weight.assign(table.taps * table.stride, A(0));
-  for (int64_t k = 0; k < table.taps; ++k)
+  for (int64_t k = 0; k < table.taps; ++k) {
+    const auto exists = [&](int64_t i) { return i < in && t.begin[i] + k < t.begin[i + 1]; };
+    int64_t first = 0;
+    while (!exists(first)) ++first;
+    int32_t last = t.from[t.begin[first] + k];  // where there is none, its neighbour's: vectors of taps stay together
     for (int64_t i = 0; i < table.stride; ++i) {
-      const int64_t at = k * table.stride + i, entry = i < in ? t.begin[i] + k : 0;
-      const bool exists = i < in && entry < t.begin[i + 1];
-      // Where there is none, one that keeps the row rising.
-      table.from[at] = exists ? t.from[entry] : i > 0 ? table.from[at - 1] : 0;
-      if (exists) table.weight[at] = t.weight[entry];
+      const int64_t at = k * table.stride + i;
+      if (exists(i)) last = t.from[t.begin[i] + k], table.weight[at] = t.weight[t.begin[i] + k];
+      table.from[at] = last;
     }
+  }
   return table;
 }
 
@@ -120,17 +123,26 @@ Transposed<A> transpose(const Axis<A>& axis, int64_t in, int64_t out) {
   return t;
 }
 
-int64_t parts_of(const Tensor& larger, bool channels_last, int64_t rows) {
-  const int64_t plane = larger.size(2) * larger.size(3) * (channels_last ? larger.size(1) : 1);
-  return std::max<int64_t>(1, std::min(rows, plane / kTaskElements));
-}
-
 void check(const Tensor& t, const char* name, const std::vector<int64_t>& size, const char* size_name) {
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected shape [N, C, H, W]");
   STD_TORCH_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0, size_name, ": expected two positive numbers");
   STD_TORCH_CHECK(t.size(2) > 0 && t.size(3) > 0, name, ": expected at least one pixel");
   const int64_t most = std::numeric_limits<int32_t>::max() - 2 * kPadding;
   STD_TORCH_CHECK(std::max({size[0], size[1], t.size(2), t.size(3)}) < most, size_name, ": expected less than 2^31");
+}
+
+// The kernel `run` over the tasks of a call, whose larger map gives their size.
+template <class Task, class A>
+void each_task(Task& task, const Tensor& larger, int64_t rows, int64_t (*scratch_size)(const Task&),
+               void (*run)(const Task&, int64_t, int64_t, A*)) {
+  const int64_t plane = larger.size(2) * larger.size(3) * (task.channels_last ? larger.size(1) : 1);
+  task.parts = std::max<int64_t>(1, std::min(rows, plane / kTaskElements));
+  const int64_t tasks = larger.size(0) * (task.channels_last ? 1 : larger.size(1)) * task.parts;
+  const int64_t grain = std::max<int64_t>(1, kTaskElements * tasks / larger.numel());
+  parallel_dynamic(tasks, grain, [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch = allocate_scratch<A>(scratch_size(task));
+    run(task, begin, end, scratch.get());
+  });
 }
 
 Tensor interpolate_cpu(const Tensor& input_any, const std::vector<int64_t>& output_size, double scale_h, double scale_w,
@@ -147,14 +159,9 @@ Tensor interpolate_cpu(const Tensor& input_any, const std::vector<int64_t>& outp
     const Axis<A> rows = make_axis<A>(mode, input.size(2), output_size[0], scale_h);
     const Axis<A> columns = make_axis<A>(mode, input.size(3), output_size[1], scale_w);
     Interpolate<T> task{feature_map<const T>(input), feature_map<T>(output), view(rows), view(columns),
-                        format == MemoryFormat::ChannelsLast, mode.nails, 1};
-    task.parts = parts_of(output, task.channels_last, output_size[0]);
-    const int64_t planes = input.size(0) * (task.channels_last ? 1 : input.size(1));
-    const int64_t grain = std::max<int64_t>(1, kTaskElements * planes * task.parts / output.numel());
-    parallel_dynamic(planes * task.parts, grain, [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch = allocate_scratch<A>(FASTCV_PICK(interpolate_scratch<T>)(task));
-      FASTCV_PICK(interpolate<T>)(task, begin, end, scratch.get());
-    });
+                        format == MemoryFormat::ChannelsLast, mode.nails, 1,
+                        output.numel() * int64_t(sizeof(T)) >= kInterpolateStreamBytes};
+    each_task(task, output, output_size[0], FASTCV_PICK(interpolate_scratch<T>), FASTCV_PICK(interpolate<T>));
   });
   return output;
 }
@@ -176,13 +183,8 @@ Tensor interpolate_backward_cpu(const Tensor& grad_any, const std::vector<int64_
     const Table<A> table = table_of(columns, input_size[1]);
     InterpolateBackward<T> task{feature_map<const T>(grad), feature_map<T>(output), rows.view(), columns.view(),
                                 table.view(), format == MemoryFormat::ChannelsLast, 1};
-    task.parts = parts_of(grad, task.channels_last, input_size[0]);
-    const int64_t planes = grad.size(0) * (task.channels_last ? 1 : grad.size(1));
-    const int64_t grain = std::max<int64_t>(1, kTaskElements * planes * task.parts / grad.numel());
-    parallel_dynamic(planes * task.parts, grain, [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch = allocate_scratch<A>(FASTCV_PICK(interpolate_backward_scratch<T>)(task));
-      FASTCV_PICK(interpolate_backward<T>)(task, begin, end, scratch.get());
-    });
+    each_task(task, grad, input_size[0], FASTCV_PICK(interpolate_backward_scratch<T>),
+              FASTCV_PICK(interpolate_backward<T>));
   });
   return output;
 }

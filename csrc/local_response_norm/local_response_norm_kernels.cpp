@@ -30,27 +30,20 @@ constexpr int64_t kMostPositions = 512;
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-FASTCV_INLINE Vec<float> square_root(Vec<float> x) {
+template <class V>
+FASTCV_INLINE V square_root(V x) {
+  constexpr bool kDouble = sizeof(x[0]) == 8;
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_sqrt_ps((__m512)x);
+  if constexpr (kDouble) return (V)_mm512_sqrt_pd((__m512d)x);
+  return (V)_mm512_sqrt_ps((__m512)x);
 #elif defined(__AVX2__)
-  return (Vec<float>)_mm256_sqrt_ps((__m256)x);
+  if constexpr (kDouble) return (V)_mm256_sqrt_pd((__m256d)x);
+  return (V)_mm256_sqrt_ps((__m256)x);
 #elif defined(__SSE2__)
-  return (Vec<float>)_mm_sqrt_ps((__m128)x);
+  if constexpr (kDouble) return (V)_mm_sqrt_pd((__m128d)x);
+  return (V)_mm_sqrt_ps((__m128)x);
 #else
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-FASTCV_INLINE Vec<double> square_root(Vec<double> x) {
-#if defined(__AVX512F__)
-  return (Vec<double>)_mm512_sqrt_pd((__m512d)x);
-#elif defined(__AVX2__)
-  return (Vec<double>)_mm256_sqrt_pd((__m256d)x);
-#elif defined(__SSE2__)
-  return (Vec<double>)_mm_sqrt_pd((__m128d)x);
-#else
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = kDouble ? __builtin_sqrt(x[i]) : __builtin_sqrtf(x[i]);
   return x;
 #endif
 }
@@ -135,18 +128,6 @@ void zero_borders(const Rows& rows, A* buffer, int64_t before, int64_t after) {
     for (int64_t i = 0; i < before; ++i) buffer[i] = 0;
     for (int64_t i = before + rows.length; i < before + rows.length + after; ++i) buffer[i] = 0;
   }
-}
-
-template <class S>
-FASTCV_INLINE Vec<accumulate_t<S>> load_some(const S* p, int64_t n) {
-  return n >= kLanes<accumulate_t<S>> ? load(p) : load_first(p, int(n));
-}
-template <class S>
-FASTCV_INLINE void store_some(S* p, Vec<accumulate_t<S>> x, int64_t n) {
-  if (n >= kLanes<accumulate_t<S>>)
-    store(p, x);
-  else
-    store_first(p, x, int(n));
 }
 
 template <class A>

@@ -113,6 +113,24 @@ def test_strides():
         torch.testing.assert_close(of(grad, view, "none"), of(grad.contiguous(), dense, "none"), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [3, 16, 70])
+@pytest.mark.parametrize("height, width", [(6, 10), (7, 9), (40, 34), (1, 2)])
+def test_bfloat16_layouts(channels, height, width):
+    """Neighbours that are words, multiplied in pairs, and those that are not."""
+    x = features((2, channels + 1, height + 2, width + 3), torch.bfloat16)
+    for view in (
+        x[:, :channels, :height, :width].contiguous(),
+        x[:, :channels, :height, :width],
+        x[:, 1:, 1 : height + 1, 1 : width + 1],
+        x[:, :channels, :, :width].contiguous(memory_format=torch.channels_last),
+    ):
+        flat = view.double().flatten(2)
+        expected = flat @ flat.mT / (view.shape[2] * view.shape[3])
+        actual = fastcv.ops.gram_matrix(view, normalize="positions")
+        assert torch.equal(actual, actual.mT)
+        assert close(actual, expected, torch.bfloat16)
+
+
 def test_half_types_do_not_overflow():
     """A sum of 2^16 products of 8 * 8 is beyond float16; divided first it is 64 / 2."""
     x = torch.full((1, 2, 256, 256), 8.0, dtype=torch.float16)

@@ -91,6 +91,51 @@ def test_reference(dtype, memory_format, mode):
             assert gradient.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("mode", ("nearest", "bilinear", "bed_of_nails"))
+@pytest.mark.parametrize(
+    "shape, size, memory_format, dtype",
+    [
+        ((1, 4, 500, 512), (1000, 1024), FORMATS[0], torch.float32),  # rows of whole lines
+        ((1, 5, 400, 401), (800, 802), FORMATS[0], torch.float32),  # rows that begin anywhere
+        ((1, 2, 300, 901), (1200, 2703), FORMATS[0], torch.bfloat16),
+        ((1, 3, 250, 256), (750, 1024), FORMATS[0], torch.float64),
+        ((1, 32, 160, 170), (320, 340), FORMATS[1], torch.float32),  # pixels of whole lines
+        ((1, 21, 200, 100), (400, 400), FORMATS[1], torch.float32),  # pixels that begin anywhere
+        ((1, 21, 300, 150), (600, 600), FORMATS[1], torch.float16),
+    ],
+)
+def test_large_outputs(shape, size, memory_format, dtype, mode):
+    """Those that are written past the caches."""
+    x = features(shape, dtype, memory_format)
+    assert shape[0] * shape[1] * size[0] * size[1] * x.element_size() >= 12 * 2**20
+    actual = fastcv.ops.interpolate(x, size, mode=mode)
+    assert actual.is_contiguous(memory_format=memory_format)
+    if mode == "bed_of_nails":
+        rows, columns = (o // i for o, i in zip(size, shape[2:], strict=True))
+        assert torch.equal(actual[:, :, ::rows, ::columns], x)
+        assert actual.count_nonzero() == x.count_nonzero()
+    elif mode == "nearest":
+        assert torch.equal(actual, F.interpolate(x, size, mode=mode))
+    else:
+        tolerance = {torch.float32: 2e-6, torch.float64: 1e-13}.get(dtype, torch.finfo(dtype).eps)  # of coordinates
+        expected = F.interpolate(x.float() if x.element_size() == 2 else x, size, mode=mode)
+        torch.testing.assert_close(actual, expected.to(dtype), rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("scale", [1, 2, 3, 1.5])
+@pytest.mark.parametrize("width", [16, 33, 48, 101])
+def test_gradient_of_wide_rows(width, scale, mode):
+    """Vectors of inputs whose outputs lie alike, and those at the ends, which do not."""
+    x = features((1, 2, 5, width), torch.float32).requires_grad_()
+    expected = x.detach().clone().requires_grad_()
+    output = fastcv.ops.interpolate(x, scale_factor=scale, mode=mode)
+    grad = features(output.shape, torch.float32, seed=1)
+    output.backward(grad)
+    F.interpolate(expected, scale_factor=scale, mode=mode).backward(grad)
+    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-5, atol=1e-5)  # coordinates are float32's in both
+
+
 def test_special_values():
     """A NaN reaches those outputs that see it; rows and columns that are not resampled stay apart."""
     x = torch.ones(1, 1, 4, 4)
