@@ -318,7 +318,7 @@ def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
     axes.axvline(1, color="black", linewidth=1, zorder=0)
     axes.grid(color="#e4e4e4", zorder=0)
     axes.set_xlim(left=0)
-    axes.set_xlabel("times as fast as torch, batch 1; float32 but where bfloat16 is said", fontsize=8)
+    axes.set_xlabel("times as fast as torch in its default memory format; float32 but where bfloat16 is said", fontsize=8)
     axes.set_title(f"{environment['processor']}, {environment['threads']} threads", fontsize=8, loc="left")
     axes.legend(fontsize=8, loc="lower right")
     figure.suptitle("Whole models", fontsize=12)
