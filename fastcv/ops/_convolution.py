@@ -24,8 +24,12 @@ def on_kernels(*tensors: Tensor | None) -> bool:
 
 
 def tracing() -> bool:
-    """Whether torch.compile or a transform of torch.func looks on: then a weight may stand for others."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether torch.compile, a transform of torch.func or a mode (fake tensors) looks on: a weight may stand for others."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 # ---- layouts of weights --------------------------------------------------------------------------

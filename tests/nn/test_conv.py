@@ -137,3 +137,16 @@ def test_what_is_folded_is_kept():
 def test_errors():
     with pytest.raises(TypeError, match="conv: expected a Conv2d, got Linear"):
         fastcv.nn.ConvNormAct(nn.Linear(2, 2))
+
+
+def test_fake_tensors():
+    """Weights are not laid out for them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layers = fastcv.nn.Conv2d(8, 16, 3), fastcv.nn.ConvTranspose2d(16, 8, 2, 2), fastcv.nn.Linear(256, 2048)
+    x = torch.zeros(1, 8, 10, 130)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(x)
+        for layer in layers:
+            x = layer(x)
+    assert x.shape == (1, 8, 16, 2048)
