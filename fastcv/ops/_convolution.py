@@ -24,7 +24,7 @@ def on_kernels(*tensors: Tensor | None) -> bool:
 
 
 def tracing() -> bool:
-    """Whether torch.compile, a transform of torch.func or a mode (fake tensors) looks on: a weight may stand for others."""
+    """Whether torch.compile, a transform of torch.func or fake tensors look on: weights may stand for others."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
