@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
+from benchmarks.systems import SYSTEMS
+from benchmarks.systems import build as build_system
 from fastcv._files import replacing
 from fastcv.cli.compare import build
 
@@ -32,7 +34,7 @@ def _work(pipe, name: str, accelerated: bool, threads: int) -> None:
     import fastcv
 
     torch.set_num_threads(threads)
-    model, x = build(name, None, 1)
+    model, x = build_system(name) if name in SYSTEMS else build(name, None, 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -63,13 +65,13 @@ def main() -> int:
         "# Memory of whole models",
         "",
         f"Megabytes beside model and libraries, {environment['threads']} threads, torch {environment['torch']}; one",
-        "image, float32. Written by `python -m benchmarks.memory`. What remains after the calls of an accelerated",
-        "model is prepared weights (Winograd's are four times the size) and the arena of its activations.",
+        "image where nothing else is said, float32. Written by `python -m benchmarks.memory`. What remains after the",
+        "calls of an accelerated model is prepared weights (Winograd's are four times the size) and the arena of its activations.",
         "",
         "| model | its weights | torch: peak | remains | fastcv: peak | remains |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name in MODELS:
+    for name in (*MODELS, *SYSTEMS):
         (weights, *plain), (_, *fast) = (measure(name, way, torch.get_num_threads()) for way in (False, True))
         cells = " | ".join(f"{megabytes:.0f}" for megabytes in (weights, *plain, *fast))
         lines.append(f"| {name} | {cells} |")

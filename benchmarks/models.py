@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
-from benchmarks.systems import SYSTEMS
+from benchmarks import harness, systems
+from benchmarks.systems import SYSTEMS, with_statistics
 from fastcv._files import replacing
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -48,8 +48,7 @@ def build(name: str) -> tuple[torch.nn.Module, torch.Tensor | list[torch.Tensor]
     """A model in evaluation mode, and what it is called with."""
     torch.manual_seed(0)
     if name in SYSTEMS:
-        system, shape = SYSTEMS[name]
-        return _with_statistics(system()).eval(), torch.randn(shape)
+        return systems.build(name)
     import torchvision
 
     if name == DETECTOR:
@@ -63,15 +62,7 @@ def build(name: str) -> tuple[torch.nn.Module, torch.Tensor | list[torch.Tensor]
     else:
         model = torchvision.models.get_model(name, weights=None, **options)
     size = (800, 1088) if name in (BACKBONE, BACKBONE_BF16) else (299, 299) if name == "inception_v3" else (224, 224)
-    return _with_statistics(model).eval(), torch.randn(1, 3, *size)
-
-
-def _with_statistics(model: torch.nn.Module) -> torch.nn.Module:
-    for module in model.modules():
-        if type(module).__name__ in ("BatchNorm2d", "FrozenBatchNorm2d"):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
+    return with_statistics(model).eval(), torch.randn(1, 3, *size)
 
 
 # ---- runtimes: each returns a function without arguments that gives the outputs as a list of arrays ------------------
@@ -318,7 +309,9 @@ def save_chart(path: Path, rows: list[Row], environment: dict) -> None:
     axes.axvline(1, color="black", linewidth=1, zorder=0)
     axes.grid(color="#e4e4e4", zorder=0)
     axes.set_xlim(left=0)
-    axes.set_xlabel("times as fast as torch in its default memory format; float32 but where bfloat16 is said", fontsize=8)
+    axes.set_xlabel(
+        "times as fast as torch in its default memory format; float32 but where bfloat16 is said", fontsize=8
+    )
     axes.set_title(f"{environment['processor']}, {environment['threads']} threads", fontsize=8, loc="left")
     axes.legend(fontsize=8, loc="lower right")
     figure.suptitle("Whole models", fontsize=12)

@@ -94,6 +94,21 @@ class Generator(nn.Sequential):
         super().__init__(*layers, nn.ConvTranspose2d(channels[-1], 3, 4, 2, 1, bias=False), nn.Tanh())
 
 
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Batch norms as after training, not trivial."""
+    for module in model.modules():
+        if type(module).__name__ in ("BatchNorm2d", "FrozenBatchNorm2d"):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The system in evaluation mode, and what it is called with."""
+    system, shape = SYSTEMS[name]
+    return with_statistics(system()).eval(), torch.randn(shape)
+
+
 # By name: how each is built, and the shape of what it is called with.
 SYSTEMS = {
     "unet 512x512": (UNet, (1, 3, 512, 512)),
