@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._layouts import memory_of
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -130,15 +131,20 @@ class ConvNormAct(nn.Sequential):
         slope = getattr(activation, "negative_slope", 0.01)
         return conv._fused(input, *self._fold(conv, norm), activation=name, negative_slope=slope)
 
+    def __getstate__(self):
+        return {**self.__dict__, "_folded": None}  # of this one's memory
+
     def _fold(self, conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         if norm is None:
             return conv.weight, conv.bias
         parts = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        state = tuple(None if p is None else (p.data_ptr(), None if p.is_inference() else p._version) for p in parts)
         countable = all(p is None or not p.is_inference() for p in parts)
+        state = tuple(None if p is None else memory_of(p) for p in parts) if countable else None
         if self._folded is None or self._folded[0] != state or not countable:
             with torch.inference_mode(False):  # a weight that counts its changes, so that what is laid out is kept
-                self._folded = (state, fold_norm(*(None if p is None else p.detach() for p in parts), norm.eps))
+                folded = fold_norm(*(None if p is None else p.detach() for p in parts), norm.eps)
+            storages = [p.untyped_storage() for p in parts if p is not None]
+            self._folded = (state, folded, storages)
         return self._folded[1]
 
 

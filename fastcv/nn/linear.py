@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
 from .._library import implementation
 from ..ops._autograd import needs_derivatives
 from ..ops._checks import check_one_of
+from ..ops._layouts import kept_layout
 
 _ACTIVATIONS = tuple(reference.conv2d.ACTIVATIONS)
 _GEOMETRY = (1, [1, 1], [0, 0], [1, 1])
@@ -19,7 +19,6 @@ _LEAST_CHANNELS = 16
 _LEAST_WEIGHTS = 1 << 20  # with fewer the call takes longer (20 us) than the kernels save
 _LEAST_OF_ONE = 1 << 22  # the same for a single vector, where torch reads the weights nearly as fast
 _compiled = implementation("conv2d", "cpu") == "compiled"
-_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Linear(nn.Linear):
@@ -49,10 +48,10 @@ class Linear(nn.Linear):
         vectors = input.reshape(-1, self.in_features).contiguous()
         count, channels = vectors.shape
         kernel = "gemv" if count <= _MOST_VECTORS else "gemm"
-        weight = self.weight.as_strided((self.out_features, channels, 1, 1), (channels, 1, 1, 1))
+        weight = _as_filters(self.weight)
         # Vectors are the pixels of a channels-last map of one row.
         row = vectors.as_strided((1, channels, 1, count), (vectors.numel(), 1, vectors.numel(), channels))
-        prepared = weight.reshape(-1) if kernel == "gemv" else _laid_out(self.weight, weight)
+        prepared = weight.reshape(-1) if kernel == "gemv" else kept_layout(self.weight, ("linear",), _laid_out)
         with torch._C._AutoDispatchBelowAutograd():
             result = torch.ops.fastcv.conv2d.default(
                 row, weight, self.bias, None, prepared, *_GEOMETRY, activation, 0.01, kernel
@@ -80,11 +79,11 @@ class Linear(nn.Linear):
         return not weight.is_inference() or input.numel() <= _MOST_VECTORS * self.in_features
 
 
-def _laid_out(key: Tensor, weight: Tensor) -> Tensor:
-    """``weight``, a view of ``key``, for the matrix product, kept while ``key`` lives and does not change."""
-    state = (key._version, key.data_ptr())
-    kept = _prepared.get(key)
-    if kept is None or kept[0] != state:
-        layout = torch.ops.fastcv.conv2d_prepare(weight.detach(), *_GEOMETRY, "gemm")
-        kept = _prepared[key] = (state, layout)
-    return kept[1]
+def _as_filters(weight: Tensor) -> Tensor:
+    """``[K, C, 1, 1]``, contiguous in torch's eyes as well."""
+    return weight.as_strided((*weight.shape, 1, 1), (weight.shape[1], 1, 1, 1))
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """For the matrix product."""
+    return torch.ops.fastcv.conv2d_prepare(_as_filters(weight), *_GEOMETRY, "gemm")

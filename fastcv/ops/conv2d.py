@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
 from .._library import LIBRARY, define, implementation
 from ._autograd import needs_derivatives, register_autograd
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
+from ._layouts import kept_layout
 
 KERNELS = (
     *("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16"),
@@ -224,9 +223,6 @@ def _on_kernels(*tensors: Tensor | None) -> bool:
     return _compiled
 
 
-_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kernel: str) -> Tensor:
     """``weight`` laid out for ``kernel``, from the cache where it was not changed since."""
 
@@ -234,20 +230,6 @@ def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kern
         return torch.ops.fastcv.conv2d_prepare(weight, groups, stride, padding, dilation, kernel)
 
     return kept_layout(weight, (kernel, groups), prepare)
-
-
-def kept_layout(weight: Tensor, name: tuple, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """``prepare(weight)``, kept under ``name`` while the weight lives and is not changed."""
-    if weight.is_inference():  # counts no changes
-        return prepare(weight.detach())
-    key = (weight._version, weight.data_ptr())
-    kept = _prepared.get(weight)
-    if kept is None or kept[0] != key:
-        kept = _prepared[weight] = (key, {})
-    layout = kept[1].get(name)
-    if layout is None:
-        layout = kept[1][name] = prepare(weight.detach())
-    return layout
 
 
 # ---- fake kernels --------------------------------------------------------------------------------

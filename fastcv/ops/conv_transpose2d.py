@@ -14,7 +14,8 @@ from .. import reference
 from .._library import LIBRARY, define, implementation
 from ._autograd import needs_derivatives, register_autograd
 from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
-from .conv2d import ACTIVATIONS, conv2d, kept_layout, slope_of
+from ._layouts import kept_layout
+from .conv2d import ACTIVATIONS, conv2d, slope_of
 
 # In the order of TransposedKernel in csrc/conv_transpose2d/conv_transpose2d_plan.h.
 KERNELS = (
@@ -157,8 +158,10 @@ def _prepared_weight(input: Tensor, weight: Tensor, geometry, kernel: str) -> Te
     def prepare(weight: Tensor) -> Tensor:
         return torch.ops.fastcv.conv_transpose2d_prepare(input.detach(), weight, *geometry, kernel)
 
-    groups, *options = geometry
-    return kept_layout(weight, ("transposed", kernel, groups, *(n for option in options for n in option)), prepare)
+    groups, stride, padding, output_padding, dilation = geometry
+    # Which kernel serves a phase may depend on its padding as well, but only where the phase is dilated.
+    pads = () if dilation == [1, 1] else (*padding, *output_padding)
+    return kept_layout(weight, ("transposed", kernel, groups, *stride, *dilation, *pads), prepare)
 
 
 def _output_size(input, weight, stride, padding, output_padding, dilation) -> list[int]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_shape
+from ._layouts import kept_layout
 from .conv2d import conv2d
 
 
@@ -95,18 +95,10 @@ def _summed(weight: Tensor, scale: int) -> Tensor:
     return torch.einsum("ptk,qul,ockl->opqctu", rows, columns, weight).flatten(0, 2)
 
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def _phase_weight(weight: Tensor, scale: int) -> Tensor:
     """:func:`_summed`; of fixed weights kept, so that what :func:`conv2d` lays out is kept as well."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return _summed(weight, scale)
     if needs_derivatives(weight) or weight.is_inference():
         return _summed(weight, scale)
-    key = (weight._version, weight.data_ptr(), scale)
-    kept = _kept.get(weight)
-    if kept is None or kept[0] != key:
-        with torch.inference_mode(False):
-            kept = _kept[weight] = (key, _summed(weight.detach(), scale))
-    return kept[1]
+    return kept_layout(weight, ("phases", scale), lambda weight: _summed(weight, scale))

@@ -9,7 +9,8 @@ from torch.library import opcheck
 
 import fastcv
 from fastcv._library import implementation
-from fastcv.ops.conv2d import ACTIVATIONS, KERNELS, _input_gradient_kernel, _prepared, _training_kernel
+from fastcv.ops._layouts import kept
+from fastcv.ops.conv2d import ACTIVATIONS, KERNELS, _input_gradient_kernel, _training_kernel
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
 
 compiled_only = pytest.mark.skipif(
@@ -213,13 +214,13 @@ def test_weights_are_prepared_once_and_forgotten_with_their_tensor():
     gc.collect()
     x, weight, bias, *geometry = case(SHAPES[6])
     fastcv.ops.conv2d(x, weight, bias, *geometry)
-    (first,) = _prepared[weight][1].values()
+    (first,) = kept[weight][1].values()
     fastcv.ops.conv2d(x, weight, bias, *geometry)
-    assert [p is first for p in _prepared[weight][1].values()] == [True]
-    count = len(_prepared)
+    assert [p is first for p in kept[weight][1].values()] == [True]
+    count = len(kept)
     del weight
     gc.collect()
-    assert len(_prepared) == count - 1
+    assert len(kept) == count - 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

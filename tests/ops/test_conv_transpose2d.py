@@ -10,7 +10,8 @@ from torch.library import opcheck
 
 import fastcv
 from fastcv._library import implementation
-from fastcv.ops.conv2d import ACTIVATIONS, _prepared
+from fastcv.ops._layouts import kept
+from fastcv.ops.conv2d import ACTIVATIONS
 from fastcv.ops.conv_transpose2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
 
@@ -221,21 +222,31 @@ def test_weights_are_prepared_once_and_apart_from_those_of_conv2d():
     expected = F.conv_transpose2d(x, weight, bias, padding=1)
     for _ in range(2):
         assert error(fastcv.ops.conv_transpose2d(x, weight, bias, padding=1), expected.double()) < 1e-5
-    assert len(_prepared[weight][1]) == 2
-    # Other geometries lay the same weights out in other ways.
+    assert len(kept[weight][1]) == 2
+    # Other paddings lay the weights out alike.
+    for padding in (0, 1):
+        for output_padding in ((0, 0), (0, 1), (1, 1)):
+            options = dict(stride=2, padding=padding, output_padding=output_padding)
+            result = fastcv.ops.conv_transpose2d(x, weight, bias, **options, kernel="winograd")
+            expected = F.conv_transpose2d(x, weight, bias, **options)
+            assert error(result, expected.double()) < 1e-5
+    assert len(kept[weight][1]) == 3
+    # Other geometries lay the same weights out in other ways, dilated ones also by their padding.
     for stride, padding, output_padding, dilation in (
         (2, 1, 1, 1),
         (2, 0, 0, 1),
         (1, 2, 0, 2),
+        (1, 1, 0, 2),
         (2, 1, 0, 2),
         (3, 1, 2, 1),
     ):
         options = dict(stride=stride, padding=padding, output_padding=output_padding, dilation=dilation)
-        for y in (x, x[:, :, :1, :1]):
+        for y, kernel in ((x, "auto"), (x[:, :, :1, :1], "auto"), (x, "winograd")):
             if (y.shape[2] - 1) * stride - 2 * padding + 2 * dilation + output_padding < 0:
                 continue
             expected = F.conv_transpose2d(y, weight, bias, **options)
-            assert error(fastcv.ops.conv_transpose2d(y, weight, bias, **options), expected.double()) < 1e-5
+            result = fastcv.ops.conv_transpose2d(y, weight, bias, **options, kernel=kernel)
+            assert error(result, expected.double()) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ["none", "silu", "leaky_relu"])
