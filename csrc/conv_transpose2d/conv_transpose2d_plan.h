@@ -22,7 +22,8 @@ class ConvTranspose2dPlan {
 
   TransposedKernel kernel() const { return kernel_; }
 
-  // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone.
+  // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone; where dilated, also on
+  // padding and output padding, of which depends whether Winograd's kernel serves a phase.
   int64_t weights() const { return weights_; }
   void prepare(const float* weight, float* prepared) const;
   int64_t tasks() const { return tasks_; }
