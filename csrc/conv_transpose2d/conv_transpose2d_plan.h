@@ -16,6 +16,12 @@ enum class TransposedKernel : int64_t { gemm, winograd, depthwise, grouped, torc
 TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dShape& shape,
                                          Precision precision = Precision::standard);
 
+// Each phase is looked at, so there must not be billions.
+constexpr int64_t kMostPhases = int64_t(1) << 16;
+
+// Output sizes from the others and these; false where a number is out of range, there are too many phases, or no output.
+bool set_transposed_output_size(Conv2dShape& shape, int64_t output_padding_h, int64_t output_padding_w);
+
 class ConvTranspose2dPlan {
  public:
   ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel);

@@ -40,13 +40,8 @@ class Conv2d(nn.Conv2d):
     def _fused(self, input, weight, bias, residual=None, activation="none", negative_slope=0.01):
         unbatched = input.dim() == 3
         x, padding = (input[None] if unbatched else input), self.padding
-        # "same" with an even kernel pads unevenly, which torch writes out as it does the modes that are not zeros.
-        uneven = padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)
-        )
-        if self.padding_mode != "zeros" or uneven:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         result = ops.conv2d(
             x, weight, bias, self.stride, padding, self.dilation, self.groups,
             residual=residual, activation=activation, negative_slope=negative_slope,

@@ -1,8 +1,8 @@
 """What is made of weights once and kept: layouts for kernels, sums for phases, convolutions with their norms.
 
 It is used as long as :func:`memory_of` the weights stays the same. Changes in place are counted by torch, and an
-assignment to ``.data`` gives a tensor other memory; writing through ``.data`` or NumPy is not noticed. The memory is held
-with what was made of it, as other weights at the same address could not be told from it.
+assignment to ``.data`` gives a tensor other memory; writing through ``.data`` or NumPy is not noticed. The memory is
+held with what was made of it, as other weights at the same address could not be told from it.
 """
 
 from __future__ import annotations

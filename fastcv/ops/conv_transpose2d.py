@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .. import reference
 from .._library import LIBRARY, define, implementation
+from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives, register_autograd
-from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
+from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
 from ._layouts import kept_layout
+from ._vmap import register_image_vmap
 from .conv2d import ACTIVATIONS, conv2d, slope_of
 
 # In the order of TransposedKernel in csrc/conv_transpose2d/conv_transpose2d_plan.h.
@@ -85,7 +87,11 @@ def conv_transpose2d(
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format, with
         ``OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1``. Differentiable with respect
-        to all tensors, in both modes, twice.
+        to all tensors, in both modes, twice. Under autocast it has its type, as torch's; on the CPU it is computed in
+        float32.
+
+        In a graph of ``torch.compile`` weights are laid out at every call. With ``backend="fastcv"``, and in what
+        :func:`fastcv.accelerate` returns, they are laid out once.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device, or an empty output.
@@ -100,11 +106,20 @@ def conv_transpose2d(
                 [10., 29., 33., 13.],
                 [12., 24., 16.,  4.]])
     """
+    if any_enabled():
+        result = autocast(
+            conv_transpose2d, dict(input=input, weight=weight, bias=bias, residual=residual), stride=stride,
+            padding=padding, output_padding=output_padding, groups=groups, dilation=dilation, activation=activation,
+            negative_slope=negative_slope, kernel=kernel,
+        )  # fmt: skip
+        if result is not None:
+            return result
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
     check_shape("weight", weight, (input.shape[1], "K / groups", "KH", "KW"))
-    if groups < 1 or input.shape[1] % groups:
+    check_groups(groups)
+    if input.shape[1] % groups:
         raise ValueError(f"groups: expected a divisor of {input.shape[1]} channels, got {groups}")
     if bias is not None:
         check_floating("bias", bias)
@@ -213,7 +228,8 @@ def _backward(ctx, grad):
     d_input = None
     # Weights at rest are laid out once for the convolution that the gradient of the input is.
     if needs[0] and not needs[1] and type(weight) in (Tensor, nn.Parameter):
-        d_input = conv2d(grad, weight, None, stride, padding, dilation, groups)
+        with torch.autocast(grad.device.type, enabled=False):
+            d_input = conv2d(grad, weight, None, stride, padding, dilation, groups)
         d_input = d_input[:, :, : input.shape[2], : input.shape[3]]  # more where output_padding >= stride
         mask[0] = False
     gradients = [None] * 3
@@ -244,3 +260,4 @@ def _jvp(ctx, *tangents):
 
 
 register_autograd("conv_transpose2d", setup_context=_setup, backward=_backward, jvp=_jvp)
+register_image_vmap("conv_transpose2d", 0, 3)

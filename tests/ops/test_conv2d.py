@@ -1,6 +1,7 @@
 """conv2d: by hand, against float64 over awkward shapes and layouts, kernels by name, derivatives, machinery, errors."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -289,6 +290,24 @@ def test_gradients_in_training(shape, memory_format):
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
+# The last two are those for which more or fewer threads would make another kernel faster.
+@compiled_only
+@pytest.mark.parametrize("shape", [*TRAINED, (1, 64, 64, 40, 40, 1), (2, 64, 64, 40, 40, 1)], ids=str)
+def test_training_is_the_same_for_any_number_of_threads(shape):
+    x, weight, bias, padding = trained_case(shape, torch.channels_last)
+    threads, kernels, results = torch.get_num_threads(), [], []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        out = fastcv.ops.conv2d(x, weight, bias, padding=padding)
+        kernel = _input_gradient_kernel(out, weight, (1, [1, 1], [1, 1], [1, 1]))
+        kernels.append((type(out.grad_fn).__name__, kernel))
+        results.append((out, *gradients(fastcv.ops.conv2d, x, weight, bias, padding)[:1]))
+    torch.set_num_threads(threads)
+    assert kernels[0] == kernels[1] == kernels[2]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_epilogue_in_training():
     x, weight, bias, _ = trained_case(TRAINED[0])
     residual = torch.randn(8, 64, 34, 31, requires_grad=True)
@@ -377,7 +396,7 @@ def test_where_training_runs():
     """Preparing weights of many channels for few pixels, or anything for a tiny layer, does not pay."""
 
     def kernel(*shape):
-        return _training_kernel(*shape, True, False, 2)
+        return _training_kernel(*shape, True, False)
 
     assert kernel(8, 64, 64, 56, 56) == kernel(8, 256, 256, 28, 28) == "winograd"
     assert kernel(1, 512, 512, 7, 7) == kernel(1, 256, 256, 14, 14) == kernel(8, 16, 16, 8, 8) == "torch"
@@ -442,6 +461,54 @@ def test_same_padding():
         fastcv.ops.conv2d(x, weight, bias, stride=2, padding="same")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("size", "dilation"), [((2, 2), 1), ((4, 3), 1), ((3, 4), (2, 3)), ((1, 6), 1)])
+def test_same_padding_of_kernels_of_even_size(size, dilation, memory_format):
+    x = torch.randn(2, 4, 9, 8).contiguous(memory_format=memory_format).requires_grad_()
+    weight, bias, scale = torch.randn(6, 4, *size, requires_grad=True), torch.randn(6), torch.rand(6)
+    residual = torch.randn(2, 6, 9, 8)
+    for _ in range(2):  # what the first call found is kept
+        out = fastcv.ops.conv2d(x, weight, bias, padding="same", dilation=dilation)
+        expected = F.conv2d(x, weight, bias, padding="same", dilation=dilation)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        assert out.is_contiguous(memory_format=memory_format)
+    v = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad((y * v).sum(), [x, weight]) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    options = dict(padding="same", dilation=dilation, scale=scale, residual=residual, activation="relu")
+    out = fastcv.ops.conv2d(x.detach(), weight.detach(), bias, **options)
+    torch.testing.assert_close(out, (expected * scale[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(fastcv.ops.conv2d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, weight, bias, padding="same", dilation=dilation), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_vmap():
+    x, weight, residual = torch.randn(3, 2, 4, 6, 7), torch.randn(5, 4, 3, 3), torch.randn(3, 2, 5, 4, 5)
+    weights = torch.randn(3, 5, 4, 3, 3)
+
+    def f(x, weight, residual=None):
+        return fastcv.ops.conv2d(x, weight, residual=residual, activation="silu")
+
+    def loss(weight, x):
+        return f(x, weight).square().sum()
+
+    vmap, close = torch.func.vmap, torch.testing.assert_close
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of torch's slow way
+        each = torch.stack([f(s, weight) for s in x])
+        close(vmap(f, (0, None))(x, weight), each)
+        close(vmap(f, (1, None))(x.movedim(0, 1), weight), each)
+        close(vmap(f, (0, None, 0))(x, weight, residual), torch.stack([f(x[i], weight, residual[i]) for i in range(3)]))
+        close(vmap(f)(x, weights), torch.stack([f(x[i], weights[i]) for i in range(3)]))
+        close(vmap(f, (None, 0))(x[0], weights), torch.stack([f(x[0], w) for w in weights]))
+        close(vmap(vmap(f, (0, None)), (0, None))(x[:, :, None], weight), each[:, :, None])
+        gradients = vmap(torch.func.grad(loss), (None, 0))(weight, x)
+        close(gradients, torch.stack([torch.func.grad(loss)(weight, s) for s in x]), rtol=1e-4, atol=1e-3)
+
+
 def test_errors():
     x, weight, bias = torch.ones(1, 4, 5, 5), torch.ones(6, 4, 3, 3), torch.ones(6)
     for wrong, message in (
@@ -462,3 +529,37 @@ def test_errors():
         fastcv.ops.conv2d(x[..., :2], weight)
     with pytest.raises(RuntimeError, match=r"residual|size"):
         fastcv.ops.conv2d(x, weight, residual=torch.ones(1, 6, 4, 4))
+    fastcv.ops.conv2d(x, weight, stride=1, padding=(1, 1), groups=1)
+    for wrong in (dict(stride=1.0), dict(stride=True), dict(padding=(True, 1)), dict(padding=(1.0, 1)),
+                  dict(groups=1.0), dict(groups=True)):  # fmt: skip
+        with pytest.raises(ValueError, match="expected an int"):
+            fastcv.ops.conv2d(x, weight, **(dict(stride=1, padding=(1, 1), groups=1) | wrong))
+
+
+def test_numbers_too_large():
+    """They would overflow, or be looped over for ever."""
+    x, weight, huge = torch.ones(1, 4, 5, 5), torch.ones(4, 4, 3, 3), 2**31
+    for name in ("stride", "padding", "dilation"):
+        for value in (huge, 2**62, 2**63 - 1, (1, huge)):
+            with pytest.raises(ValueError, match=rf"{name}: expected .* at most 2147483647"):
+                fastcv.ops.conv2d(x, weight, **{name: value})
+
+
+@compiled_only
+@pytest.mark.parametrize("kernel", ["gemm", "winograd", "depthwise", "auto", "bf16", "grouped"])
+def test_numbers_too_large_for_the_kernels(kernel):
+    x, weight, groups = torch.ones(1, 4, 5, 5), torch.ones(4, 4, 3, 3), 1
+    if kernel == "depthwise":
+        weight, groups = torch.ones(4, 1, 3, 3), 4
+    ops, one = torch.ops.fastcv, [1, 1]
+    for huge in (2**31, 2**62, 2**63 - 1):
+        for numbers in (([huge, 1], one, one), (one, [1, huge], one), (one, one, [huge, huge])):
+            geometry = (groups, *numbers)
+            with pytest.raises(RuntimeError, match=r"2\^31"):
+                ops.conv2d(x, weight, None, None, None, *geometry, "none", 0.0, kernel)
+            with pytest.raises(RuntimeError, match=r"2\^31"):
+                ops.conv2d_prepare(weight, *geometry, kernel)
+        with pytest.raises(RuntimeError, match="groups"):
+            ops.conv2d_prepare(weight, huge, one, one, one, kernel)
+    with pytest.raises(RuntimeError, match=r"2\^31"):  # the reach of the kernel
+        ops.conv2d(x, weight, None, None, None, groups, one, [2**30, 2**30], [2**30, 2**30], "none", 0.0, kernel)

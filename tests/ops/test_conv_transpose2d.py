@@ -2,6 +2,7 @@
 errors."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -356,6 +357,47 @@ def test_errors():
         fastcv.ops.conv_transpose2d(x, weight.int())
     with pytest.raises(RuntimeError, match=r"residual|size"):
         fastcv.ops.conv_transpose2d(x, weight, residual=torch.ones(1, 6, 4, 4))
+
+
+@compiled_only
+@pytest.mark.parametrize("kernel", ["gemm", "merged", "depthwise", "pixel", "winograd", "auto"])
+def test_numbers_too_large(kernel):
+    x, weight, groups = torch.ones(1, 4, 1, 1), torch.ones(4, 4, 2, 2), 1
+    if kernel == "depthwise":
+        weight, groups = torch.ones(4, 1, 2, 2), 4
+    one, none = [1, 1], [0, 0]
+    for huge in (2**31, 2**40, 2**62, 2**63 - 1):
+        for geometry in (
+            (groups, [huge, huge], none, none, one),
+            (groups, one, [huge, huge], none, one),
+            (groups, one, none, none, [huge, huge]),
+            (groups, one, [2**62, 2**62], [huge, huge], one),
+            (groups, one, none, [huge, huge], one),
+        ):
+            with pytest.raises(RuntimeError, match=r"2\^31"):
+                torch.ops.fastcv.conv_transpose2d(x, weight, None, None, None, *geometry, "none", 0.0, kernel)
+    for stride in ((2**20, 1), (300, 300)):
+        with pytest.raises(RuntimeError, match="at most 65536 phases"):
+            fastcv.ops.conv_transpose2d(x, weight, stride=stride, groups=groups, kernel=kernel)
+    with pytest.raises(ValueError, match=r"dilation: expected .* at most 2147483647"):
+        fastcv.ops.conv_transpose2d(x, weight, groups=groups, dilation=2**31)
+    out = fastcv.ops.conv_transpose2d(x, weight, groups=groups, dilation=100, kernel=kernel)
+    torch.testing.assert_close(out, F.conv_transpose2d(x, weight, groups=groups, dilation=100))
+
+
+def test_vmap():
+    x, weight, weights = torch.randn(3, 2, 4, 6, 7), torch.randn(4, 5, 3, 3), torch.randn(3, 4, 5, 3, 3)
+
+    def f(x, weight):
+        return fastcv.ops.conv_transpose2d(x, weight, stride=2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of torch's slow way
+        for actual, expected in (
+            (torch.func.vmap(f, (0, None))(x, weight), [f(s, weight) for s in x]),
+            (torch.func.vmap(f)(x, weights), [f(s, w) for s, w in zip(x, weights, strict=True)]),
+        ):
+            torch.testing.assert_close(actual, torch.stack(expected))
 
 
 @compiled_only
