@@ -1,4 +1,5 @@
 // Tensor shells of conv2d: checks, memory formats, the choice of kernel, threads.
+#include "../common/window_size.h"
 #include "conv2d_kernels.h"
 #include "conv2d_tensors.h"
 
@@ -22,11 +23,10 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int6
   s.out_channels = weight[0], s.kernel_h = weight[2], s.kernel_w = weight[3];
   s.stride_h = stride[0], s.stride_w = stride[1], s.pad_h = padding[0], s.pad_w = padding[1];
   s.dilation_h = dilation[0], s.dilation_w = dilation[1], s.groups = groups;
-  STD_TORCH_CHECK(groups > 0 && s.out_channels > 0 && s.out_channels % groups == 0 && weight[1] > 0 &&
+  STD_TORCH_CHECK(is_window_number(groups, 1) && s.out_channels > 0 && s.out_channels % groups == 0 && weight[1] > 0 &&
                       s.channels == weight[1] * groups && s.kernel_h > 0 && s.kernel_w > 0,
                   "weight: expected [K, ", s.channels, " / groups, KH, KW] with K a multiple of groups (", groups, ")");
-  STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.pad_h >= 0 && s.pad_w >= 0,
-                  "stride, dilation: expected positive numbers; padding: numbers that are not negative");
+  STD_TORCH_CHECK(is_valid_window(s), kValidWindow);
   STD_TORCH_CHECK(set_output_size(s), "input: ", s.height, " x ", s.width, " with its padding is smaller than the kernel");
   return s;
 }
@@ -92,9 +92,11 @@ Tensor conv2d_prepare_cpu(const Tensor& weight, int64_t groups, const std::vecto
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                           const std::string& kernel_name) {
   check_float(weight, "weight");
+  STD_TORCH_CHECK(weight.dim() == 4 && dilation.size() == 2 && is_window_number(groups, 1),
+                  "weight, dilation, groups: expected shape [K, C / groups, KH, KW], two numbers, and a positive one");
   // An input on which the kernel fits once; no preparation depends on its size.
   std::vector<int64_t> input{1, weight.size(1) * groups, 0, 0};
-  for (int i = 0; i < 2; ++i) input[2 + i] = std::max<int64_t>(1, dilation.at(i) * (weight.size(2 + i) - 1) + 1);
+  for (int i = 0; i < 2; ++i) input[2 + i] = window_reach(weight.size(2 + i), dilation[i]);
   const Conv2dShape shape = make_shape(input, size_of(weight), stride, padding, dilation, groups);
   return prepare_weights(kernel_for(kernel_name, shape), shape, WeightView(weight));
 }
@@ -147,8 +149,8 @@ Tensor conv2d_input_gradient_cpu(const Tensor& grad, const Tensor& weight, const
   std::vector<int64_t> size = size_of(weight), rest(2);
   std::swap(size[0], size[1]);
   for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(padding[i] >= 0 && padding[i] < size[2 + i], "padding: expected 0 to ", size[2 + i] - 1, ", got ", padding[i]);
     rest[i] = size[2 + i] - 1 - padding[i];
-    STD_TORCH_CHECK(padding[i] >= 0 && rest[i] >= 0, "padding: expected 0 to ", size[2 + i] - 1, ", got ", padding[i]);
   }
   Conv2d conv{};
   conv.shape = make_shape(size_of(grad), size, {1, 1}, rest, {1, 1}, 1);

@@ -6,6 +6,8 @@
 #include <map>
 #include <mutex>
 
+#include "../common/window_size.h"
+
 namespace fastcv {
 namespace {
 
@@ -15,11 +17,14 @@ namespace {
 
 bool is_undilated(const Conv2dShape& s) { return s.dilation_h == 1 && s.dilation_w == 1; }
 
+// Each phase is looked at, and most are empty where there are so many.
+constexpr int64_t kMostPhases = int64_t(1) << 16;
+
 // Dilated ones fall into dilation x dilation ones of every dilation-th pixel, where they keep the size.
 template <int64_t Size>
 bool is_winograd(const Conv2dShape& s) {
   const bool phases = 2 * s.pad_h == s.dilation_h * (Size - 1) && 2 * s.pad_w == s.dilation_w * (Size - 1) &&
-                      s.out_height == s.height && s.out_width == s.width;
+                      s.out_height == s.height && s.out_width == s.width && s.dilation_h * s.dilation_w <= kMostPhases;
   return s.kernel_h == Size && s.kernel_w == Size && s.stride_h == 1 && s.stride_w == 1 && (is_undilated(s) || phases) &&
          s.groups == 1 && !s.input_norm;
 }
@@ -164,6 +169,11 @@ double winograd_cost(const Conv2dShape& s, int64_t patch) {
   const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
   const double products = double(tiles * elements) * (1 + transforms), reading = double(elements) * (cached ? 3 : 12);
   return std::max(products, reading) + reading / 2;
+}
+
+bool is_valid_window(const Conv2dShape& s) {
+  return is_window(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h) &&
+         is_window(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);
 }
 
 bool set_output_size(Conv2dShape& s) {

@@ -34,7 +34,14 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
 // What Winograd's tiles of patch x patch input pixels cost, in products of one pair of channels.
 double winograd_cost(const Conv2dShape& shape, int64_t patch);
 
-// Output sizes from the others; false where the padded input is smaller than the kernel.
+// What errors of is_valid_window say.
+constexpr const char* kValidWindow =
+    "stride, dilation: expected positive numbers, padding: numbers that are not negative, all and the reach of the kernel below 2^31";
+
+// Whether kernel, stride, padding and dilation, and the size of the input, are numbers that can be computed with.
+bool is_valid_window(const Conv2dShape& shape);
+
+// Output sizes from the others, of a valid window; false where the padded input is smaller than the kernel.
 bool set_output_size(Conv2dShape& shape);
 
 }  // namespace fastcv

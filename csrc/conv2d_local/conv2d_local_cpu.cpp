@@ -2,6 +2,7 @@
 #include "conv2d_local.h"
 
 #include "../common/stable.h"
+#include "../common/window_size.h"
 
 namespace fastcv {
 namespace {
@@ -24,9 +25,10 @@ Conv2dLocalShape make_shape(const Sizes& input, const Sizes& output, const Sizes
                   "stride, padding, dilation: expected two numbers each");
   const Conv2dLocalShape s{input[0],  input[1],  input[2],  input[3],   weight[0],  weight[1],   weight[2],  weight[4],
                            weight[5], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-  STD_TORCH_CHECK(s.kernel_h > 0 && s.kernel_w > 0 && s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 &&
-                      s.dilation_w > 0 && s.pad_h >= 0 && s.pad_w >= 0,
-                  "weight, stride, dilation: expected positive sizes; padding: numbers that are not negative");
+  STD_TORCH_CHECK(is_window(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h) &&
+                      is_window(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w),
+                  "weight, stride, dilation: expected positive sizes; padding: numbers that are not negative; all and the "
+                  "reach of the kernel below 2^31");
   const auto fits = [](int64_t in, int64_t out, int64_t kernel, int64_t step, int64_t pad, int64_t dilation) {
     const int64_t rest = in + 2 * pad - dilation * (kernel - 1) - 1;
     return rest >= 0 && out == rest / step + 1;

@@ -2,6 +2,7 @@
 #include "conv_transpose2d_plan.h"
 
 #include "../common/stable.h"
+#include "../common/window_size.h"
 #include "../conv2d/conv2d_tensors.h"
 
 namespace fastcv {
@@ -16,6 +17,7 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, 
   STD_TORCH_CHECK(input.size() == 4 && weight.dim() == 4, "input, weight: expected shapes [N, C, H, W] and [C, K / groups, KH, KW]");
   for (const std::vector<int64_t>* pair : {&g.stride, &g.padding, &g.output_padding, &g.dilation})
     STD_TORCH_CHECK(pair->size() == 2, "stride, padding, output_padding, dilation: expected two numbers each");
+  STD_TORCH_CHECK(is_window_number(g.groups, 1), "groups: expected a positive number, got ", g.groups);
   Conv2dShape s{};
   s.threads = torch::stable::get_num_threads();
   s.images = input[0], s.channels = input[1], s.height = input[2], s.width = input[3];
@@ -25,13 +27,11 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, 
   STD_TORCH_CHECK(g.groups > 0 && s.channels > 0 && s.channels == weight.size(0) && s.channels % g.groups == 0 && s.out_channels > 0 &&
                       s.kernel_h > 0 && s.kernel_w > 0,
                   "weight: expected [", s.channels, ", K / groups, KH, KW] with ", s.channels, " a multiple of groups (", g.groups, ")");
-  STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.pad_h >= 0 && s.pad_w >= 0 &&
-                      g.output_padding[0] >= 0 && g.output_padding[1] >= 0,
-                  "stride, dilation: expected positive numbers; padding, output_padding: numbers that are not negative");
-  s.out_height = (s.height - 1) * s.stride_h - 2 * s.pad_h + s.dilation_h * (s.kernel_h - 1) + 1 + g.output_padding[0];
-  s.out_width = (s.width - 1) * s.stride_w - 2 * s.pad_w + s.dilation_w * (s.kernel_w - 1) + 1 + g.output_padding[1];
-  STD_TORCH_CHECK(s.height > 0 && s.width > 0 && s.out_height > 0 && s.out_width > 0, "input: ", s.height, " x ", s.width,
-                  " with this padding has an empty output (", s.out_height, " x ", s.out_width, ")");
+  STD_TORCH_CHECK(is_valid_window(s), kValidWindow);
+  STD_TORCH_CHECK(s.stride_h * s.stride_w <= kMostPhases, "stride: expected at most ", kMostPhases, " phases, got ", s.stride_h,
+                  " x ", s.stride_w);
+  STD_TORCH_CHECK(set_transposed_output_size(s, g.output_padding[0], g.output_padding[1]), "input: ", s.height, " x ", s.width,
+                  " with this padding and output_padding has no output, or one of 2^31 pixels along an axis");
   return s;
 }
 

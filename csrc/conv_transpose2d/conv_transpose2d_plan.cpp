@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../common/window_size.h"
+
 namespace fastcv {
 namespace {
 
@@ -131,8 +133,18 @@ TransposedKernel kernel_of_phases(const Conv2dShape& s, Precision precision) {
 
 }  // namespace
 
+bool set_transposed_output_size(Conv2dShape& s, int64_t output_padding_h, int64_t output_padding_w) {
+  if (!is_valid_window(s) || !is_window_number(output_padding_h, 0) || !is_window_number(output_padding_w, 0)) return false;
+  if (s.stride_h * s.stride_w > kMostPhases || s.height < 1 || s.width < 1) return false;
+  s.out_height = (s.height - 1) * s.stride_h - 2 * s.pad_h + window_reach(s.kernel_h, s.dilation_h) + output_padding_h;
+  s.out_width = (s.width - 1) * s.stride_w - 2 * s.pad_w + window_reach(s.kernel_w, s.dilation_w) + output_padding_w;
+  return is_window_number(s.out_height, 1) && is_window_number(s.out_width, 1);
+}
+
 TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dShape& s, Precision precision) {
-  const bool one_pixel = s.height == 1 && s.width == 1;
+  // Then elements of the kernel are phases.
+  const bool one_pixel = s.height == 1 && s.width == 1 &&
+                         window_reach(s.kernel_h, s.dilation_h) * window_reach(s.kernel_w, s.dilation_w) <= kMostPhases;
   if (name != "auto") {
     const TransposedKernel kernel = number_of(name);
     const bool serves = kernel == TransposedKernel::pixel       ? one_pixel && s.groups == 1

@@ -16,13 +16,20 @@ enum class TransposedKernel : int64_t { gemm, winograd, depthwise, grouped, torc
 TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dShape& shape,
                                          Precision precision = Precision::standard);
 
+// Each phase is looked at, so there must not be billions.
+constexpr int64_t kMostPhases = int64_t(1) << 16;
+
+// Output sizes from the others and these; false where a number is out of range, there are too many phases, or no output.
+bool set_transposed_output_size(Conv2dShape& shape, int64_t output_padding_h, int64_t output_padding_w);
+
 class ConvTranspose2dPlan {
  public:
   ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel);
 
   TransposedKernel kernel() const { return kernel_; }
 
-  // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone.
+  // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone; where dilated, also on
+  // padding and output padding, of which depends whether Winograd's kernel serves a phase.
   int64_t weights() const { return weights_; }
   void prepare(const float* weight, float* prepared) const;
   int64_t tasks() const { return tasks_; }

@@ -53,8 +53,10 @@ const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const 
 
 // Weights are [C, K / groups, KH, KW] here, so that the scale of an output channel is met in every input channel.
 const float* Program::prepared(const Step& s, const ConvTranspose2dPlan& plan, const Conv2dShape& shape) {
+  std::vector<int64_t> geometry(s.params.begin(), s.params.begin() + 9);
+  if (shape.dilation_h == 1 && shape.dilation_w == 1) std::fill_n(geometry.begin() + 2, 4, 0);  // all paddings alike
   const std::lock_guard lock(mutex_);
-  auto& kept = transposed_[{plan.kernel(), s.weights[0], s.weights[2], {s.params.begin(), s.params.begin() + 9}}];
+  auto& kept = transposed_[{plan.kernel(), s.weights[0], s.weights[2], geometry}];
   if (!kept) {
     const Weight& weight = weights[size_t(s.weights[0])];
     const float *scale = s.weight(*this, 2), *from = weight.data;

@@ -3,6 +3,7 @@
 #include <unordered_map>
 
 #include "../common/stable.h"
+#include "../common/window_size.h"
 #include "arenas.h"
 #include "run.h"
 
@@ -119,6 +120,13 @@ bool has_byte_indices(const Step& step) {
          p[0] * p[1] <= 256;
 }
 
+// Of the first params, each at least as large as given, and not so large that products of two would overflow.
+bool are_window_numbers(const Step& step, const std::vector<int64_t>& least) {
+  for (size_t i = 0; i < least.size(); ++i)
+    if (!is_window_number(step.params[i], least[i])) return false;
+  return true;
+}
+
 void check_step(const Program& program, const Step& step) {
   const Arity& a = kArity[size_t(step.op)];
   STD_TORCH_CHECK(step.inputs.size() >= a.inputs && step.inputs.size() <= a.most_inputs && step.params.size() == a.params &&
@@ -138,7 +146,7 @@ void check_step(const Program& program, const Step& step) {
     STD_TORCH_CHECK(w && (w->size.size() == 4 || w->size.size() == 2), "weights: expected [K, C / groups, KH, KW] or [K, C]");
     const auto& p = step.params;
     for (int64_t n : w->size) STD_TORCH_CHECK(n > 0, "weights: expected no empty size");
-    STD_TORCH_CHECK(p[0] > 0 && p[1] > 0 && p[2] >= 0 && p[3] >= 0 && p[4] > 0 && p[5] > 0 && p[6] > 0 && w->size[0] % p[6] == 0,
+    STD_TORCH_CHECK(are_window_numbers(step, {1, 1, 0, 0, 1, 1, 1}) && w->size[0] % p[6] == 0,
                     "code: stride, padding, dilation or groups of a convolution");
     is_vector(1, w->size[0]), is_vector(2, w->size[0]), is_vector(3, w->size[1] * p[6]), is_vector(4, w->size[1] * p[6]);
     STD_TORCH_CHECK((step.weights[3] < 0) == (step.weights[4] < 0), "code: scale and shift of inputs go together");
@@ -147,8 +155,7 @@ void check_step(const Program& program, const Step& step) {
     STD_TORCH_CHECK(w && w->size.size() == 4, "weights: expected [C, K / groups, KH, KW]");
     for (int64_t n : w->size) STD_TORCH_CHECK(n > 0, "weights: expected no empty size");
     const auto& p = step.params;
-    STD_TORCH_CHECK(p[0] > 0 && p[1] > 0 && p[2] >= 0 && p[3] >= 0 && p[4] >= 0 && p[5] >= 0 && p[6] > 0 && p[7] > 0 && p[8] > 0 &&
-                        w->size[0] % p[8] == 0,
+    STD_TORCH_CHECK(are_window_numbers(step, {1, 1, 0, 0, 0, 0, 1, 1, 1}) && w->size[0] % p[8] == 0,
                     "code: stride, padding, dilation or groups of a transposed convolution");
     is_vector(1, w->size[1] * p[8]), is_vector(2, w->size[1] * p[8]);
   } else if (step.op == Op::prelu) {
@@ -158,13 +165,12 @@ void check_step(const Program& program, const Step& step) {
     is_vector(0, -1), is_vector(1, -1);
     STD_TORCH_CHECK(step.op == Op::layer_norm || (of(0) && of(1)), "code: affine needs scale and shift");
   } else if (step.op == Op::max_pool || step.op == Op::avg_pool) {
-    for (size_t i : {0, 1, 2, 3, 6, 7}) STD_TORCH_CHECK(step.params[i] > 0, "code: kernel, stride or dilation of pooling");
+    STD_TORCH_CHECK(are_window_numbers(step, {1, 1, 1, 1, 0, 0, 1, 1}), "code: kernel, stride, padding or dilation of pooling");
     for (size_t i : {0, 1})
-      STD_TORCH_CHECK(step.params[4 + i] >= 0 && 2 * step.params[4 + i] <= step.params[i], "code: padding of pooling");
+      STD_TORCH_CHECK(2 * step.params[4 + i] <= step.params[i], "code: padding of pooling");
     STD_TORCH_CHECK(step.op == Op::avg_pool || !step.params[8] || has_byte_indices(step), "code: pooling with indices");
   } else if (step.op == Op::max_unpool) {
-    for (int64_t n : step.params) STD_TORCH_CHECK(n >= 0, "code: sizes of unpooling");
-    STD_TORCH_CHECK(step.params[0] > 0 && step.params[1] > 0, "code: kernel of unpooling");
+    STD_TORCH_CHECK(are_window_numbers(step, {1, 1, 0, 0}), "code: kernel or sizes of unpooling");
   }
 }
 

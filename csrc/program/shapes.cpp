@@ -87,6 +87,7 @@ Conv2dShape conv_shape(const Program& program, const Step& step, const std::vect
   if (in.h == 1 && in.n == 1 && s.kernel_h == 1 && s.kernel_w == 1) s.stride_h = 1;
   if (weight.size[1] * s.groups != s.channels)
     fail("an input of " + text(in) + " does not fit weights for " + std::to_string(weight.size[1] * s.groups) + " channels");
+  if (!is_valid_window(s)) fail(std::string("a convolution of ") + text(in) + ": " + kValidWindow);
   if (!set_output_size(s)) fail("an input of " + text(in) + " with its padding is smaller than the kernel");
   return s;
 }
@@ -99,10 +100,8 @@ Conv2dShape transposed_shape(const Program& program, const Step& step, const std
   s.images = in.n, s.channels = in.c, s.height = in.h, s.width = in.w;
   s.out_channels = weight.size[1] * p[8], s.kernel_h = weight.size[2], s.kernel_w = weight.size[3];
   s.stride_h = p[0], s.stride_w = p[1], s.pad_h = p[2], s.pad_w = p[3], s.dilation_h = p[6], s.dilation_w = p[7], s.groups = p[8];
-  s.out_height = (in.h - 1) * p[0] - 2 * p[2] + p[6] * (s.kernel_h - 1) + 1 + p[4];
-  s.out_width = (in.w - 1) * p[1] - 2 * p[3] + p[7] * (s.kernel_w - 1) + 1 + p[5];
   if (weight.size[0] != in.c) fail("an input of " + text(in) + " does not fit weights for " + std::to_string(weight.size[0]) + " channels");
-  if (in.h < 1 || in.w < 1 || s.out_height < 1 || s.out_width < 1) fail("a transposed convolution of " + text(in) + " leaves nothing");
+  if (!set_transposed_output_size(s, p[4], p[5])) fail("a transposed convolution of " + text(in) + " leaves nothing, or too much");
   return s;
 }
 

@@ -69,8 +69,10 @@ def tune(model: nn.Module, *inputs, file: str | os.PathLike[str] | None = None, 
 def load_tuning(file: str | os.PathLike[str]) -> list[dict]:
     """Use the choices that :func:`fastcv.tune` wrote; programs that were planned before keep theirs.
 
+    Kernels are those that :func:`fastcv.tune` measures, or ``"auto"``, which undoes a choice.
+
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds something else; then none of it is used.
     """
     with open(file) as opened:
         try:
@@ -78,17 +80,58 @@ def load_tuning(file: str | os.PathLike[str]) -> list[dict]:
         except json.JSONDecodeError as error:
             raise ValueError(f"file: {os.fspath(file)} is not JSON: {error}") from None
     try:
+        _check(choices)
         _apply(choices)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"file: {os.fspath(file)} does not hold choices of fastcv.tune ({error})") from None
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"file: {os.fspath(file)} does not hold choices of fastcv.tune ({reason})") from None
     return choices
 
 
+_NUMBERS = {"input": 4, "weight": 4, "stride": 2, "padding": 2, "dilation": 2}
+_in_force: dict[tuple, str] = {}
+
+
+def _check(choices: object) -> None:
+    if not isinstance(choices, list):
+        raise ValueError(f"expected a list, got {type(choices).__name__}")
+    for i, c in enumerate(choices):
+        if not isinstance(c, dict):
+            raise ValueError(f"choice {i}: expected a dictionary, got {c!r}")
+        for name, count in _NUMBERS.items():
+            numbers = c.get(name)
+            if not isinstance(numbers, list) or len(numbers) != count or not all(map(_is_number, numbers)):
+                raise ValueError(f"choice {i}: {name}: expected {count} ints of 0 to 2^31 - 1, got {numbers!r}")
+        if not _is_number(c.get("groups")):
+            raise ValueError(f"choice {i}: groups: expected an int, got {c.get('groups')!r}")
+        if c.get("kernel") not in (*_CANDIDATES, "auto"):
+            raise ValueError(f"choice {i}: kernel: expected one of {', '.join(_CANDIDATES)}, got {c.get('kernel')!r}")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _apply(choices: list[dict]) -> None:
-    for c in choices:
-        geometry = (c["groups"], c["stride"], c["padding"], c["dilation"])
-        torch.ops.fastcv.conv2d_choose(c["input"], c["weight"], *geometry, c["kernel"])
-    forget_choices()
+    """All of them, or none where a kernel does not serve its shape."""
+    before = dict(_in_force)
+    try:
+        for c in choices:
+            shape = (c["input"], c["weight"], c["groups"], c["stride"], c["padding"], c["dilation"])
+            torch.ops.fastcv.conv2d_choose(*shape, c["kernel"])
+            _in_force[_key(shape)] = c["kernel"]
+    except RuntimeError:
+        for key in _in_force:
+            torch.ops.fastcv.conv2d_choose(*key, before.get(key, "auto"))
+        _in_force.clear()
+        _in_force.update(before)
+        raise
+    finally:
+        forget_choices()
+
+
+def _key(shape) -> tuple:
+    return tuple(tuple(part) if isinstance(part, list) else part for part in shape)
 
 
 def _shapes(model: nn.Module, inputs, programs) -> list[dict]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._layouts import memory_of
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -44,13 +45,8 @@ class Conv2d(nn.Conv2d):
     def _fused(self, input, weight, bias, residual=None, activation="none", negative_slope=0.01):
         unbatched = input.dim() == 3
         x, padding = (input[None] if unbatched else input), self.padding
-        # "same" with an even kernel pads unevenly, which torch writes out as it does the modes that are not zeros.
-        uneven = padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)
-        )
-        if self.padding_mode != "zeros" or uneven:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         result = ops.conv2d(
             x, weight, bias, self.stride, padding, self.dilation, self.groups,
             residual=residual, activation=activation, negative_slope=negative_slope,
@@ -145,15 +141,20 @@ class ConvNormAct(nn.Sequential):
         slope = getattr(activation, "negative_slope", 0.01)
         return conv._fused(input, *self._fold(conv, norm), activation=name, negative_slope=slope)
 
+    def __getstate__(self):
+        return {**self.__dict__, "_folded": None}  # of this one's memory
+
     def _fold(self, conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         if norm is None:
             return conv.weight, conv.bias
         parts = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        state = tuple(None if p is None else (p.data_ptr(), None if p.is_inference() else p._version) for p in parts)
         countable = all(p is None or not p.is_inference() for p in parts)
+        state = tuple(None if p is None else memory_of(p) for p in parts) if countable else None
         if self._folded is None or self._folded[0] != state or not countable:
             with torch.inference_mode(False):  # a weight that counts its changes, so that what is laid out is kept
-                self._folded = (state, fold_norm(*(None if p is None else p.detach() for p in parts), norm.eps))
+                folded = fold_norm(*(None if p is None else p.detach() for p in parts), norm.eps)
+            storages = [p.untyped_storage() for p in parts if p is not None]
+            self._folded = (state, folded, storages)
         return self._folded[1]
 
 

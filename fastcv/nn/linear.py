@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .. import reference
 from ..ops._autograd import needs_derivatives
 from ..ops._checks import check_one_of
-from ..ops._convolution import ACTIVATIONS, kept_layout, on_kernels, tracing
+from ..ops._convolution import ACTIVATIONS, on_kernels, tracing
+from ..ops._layouts import kept_layout
 
 _GEOMETRY = (1, [1, 1], [0, 0], [1, 1])
 _MOST_VECTORS = 4  # that the kernel "gemv" takes, which reads the weights where they lie
@@ -52,10 +53,10 @@ class Linear(nn.Linear):
         vectors = input.reshape(-1, self.in_features).contiguous()
         count, channels = vectors.shape
         kernel = "gemv" if count <= _MOST_VECTORS else "gemm"
-        weight = _as_1x1(self.weight)
+        weight = _as_filters(self.weight)
         # Vectors are the pixels of a channels-last map of one row.
         row = vectors.as_strided((1, channels, 1, count), (vectors.numel(), 1, vectors.numel(), channels))
-        prepared = weight.reshape(-1) if kernel == "gemv" else _laid_out(self.weight)
+        prepared = weight.reshape(-1) if kernel == "gemv" else kept_layout(self.weight, ("linear",), _laid_out)
         with torch._C._AutoDispatchBelowAutograd():
             result = torch.ops.fastcv.conv2d.default(
                 row, weight, self.bias, None, prepared, *_GEOMETRY, activation, 0.01, kernel
@@ -81,15 +82,11 @@ class Linear(nn.Linear):
         return not weight.is_inference() or input.numel() <= _MOST_VECTORS * self.in_features
 
 
+def _as_filters(weight: Tensor) -> Tensor:
+    """``[K, C, 1, 1]``, contiguous in torch's eyes as well."""
+    return weight.as_strided((*weight.shape, 1, 1), (weight.shape[1], 1, 1, 1))
+
+
 def _laid_out(weight: Tensor) -> Tensor:
-    """The weights of a 1x1 convolution for the matrix product; of a parameter kept while it does not change."""
-
-    def prepare(weight: Tensor) -> Tensor:
-        return torch.ops.fastcv.conv2d_prepare(_as_1x1(weight), *_GEOMETRY, "gemm")
-
-    return kept_layout(weight, ("linear",), prepare)
-
-
-def _as_1x1(weight: Tensor) -> Tensor:
-    channels = weight.shape[1]
-    return weight.as_strided((weight.shape[0], channels, 1, 1), (channels, 1, 1, 1))
+    """For the matrix product."""
+    return torch.ops.fastcv.conv2d_prepare(_as_filters(weight), *_GEOMETRY, "gemm")

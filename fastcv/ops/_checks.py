@@ -52,14 +52,24 @@ def check_threshold(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
+def check_groups(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
+        raise ValueError(f"groups: expected an int of at least 1, got {value!r}")
+
+
+_MOST = 2**31 - 1  # products of two such numbers do not overflow
+
+
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int = 1) -> tuple[int, int]:
-    """``value`` or ``(value, value)`` as two ints of at least ``minimum``."""
-    if type(value) is int and value >= minimum:  # the usual case
+    """``value`` or ``(value, value)`` as two ints of at least ``minimum`` and less than 2^31."""
+    if type(value) is int and minimum <= value <= _MOST:  # the usual case
         return value, value
     both = (value, value) if isinstance(value, (int, torch.SymInt)) else value
     ok = isinstance(both, (list, tuple)) and len(both) == 2
-    if not ok or any(not isinstance(v, (int, torch.SymInt)) or v < minimum for v in both):
+    if not ok or any(isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) or v < minimum for v in both):
         raise ValueError(f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}")
+    if any(type(v) is int and v > _MOST for v in both):  # a symbol would be bound by the test
+        raise ValueError(f"{name}: expected an int or a pair of ints of at most {_MOST}, got {value!r}")
     return tuple(both)
 
 

@@ -19,6 +19,7 @@ define(
 
 # A kernel must win by more than the model of _kernel can be off.
 _MARGIN = 0.8
+_CORES = 2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -30,12 +31,11 @@ def _kernel(
     width: int,
     channels_last: bool,
     transposed: bool,
-    threads: int,
 ) -> str:
     """Kernel of a 3x3 convolution with stride 1 whose weights are used once; ``height`` and ``width`` of its output.
 
-    A model of its time in units of 20 ps of one core, in which torch multiplies and adds once (Zen 4; cores that take
-    longer do so for all terms):
+    A model of its time on two cores, in units of 20 ps of one core, in which torch multiplies and adds once (Zen 4;
+    cores that take longer do so for all terms):
 
     * torch: 9 for each pixel and pair of channels;
     * Winograd: 1.25 (2 x 2: 1.05) times (M + 2)^2 for each tile and pair of channels, and the transforms of
@@ -45,13 +45,13 @@ def _kernel(
     * 200 us for an operator and its derivative in Python, and for torch's that no longer share work.
     """
     pixels, lanes = images * height * width, [16 * -(-n // 16) for n in (channels, outputs)]
-    best, kernel = _MARGIN * 9 * pixels * channels * lanes[1] / threads, "torch"
+    best, kernel = _MARGIN * 9 * pixels * channels * lanes[1] / _CORES, "torch"
     moved = 0 if channels_last else 60 * pixels * (channels + outputs)
     for name, m, rate, layout in (("winograd", 4, 1.25, 1800), ("winograd_2x2", 2, 1.05, 900)):
         elements = images * -(-height // m) * -(-width // m) * (m + 2) ** 2
         products = rate * elements * (channels * lanes[1] + 7 * sum(lanes))
         weights = (layout + 900 * transposed) * channels * outputs
-        cost = (products + weights + moved) / threads + 10e6
+        cost = (products + weights + moved) / _CORES + 10e6
         if cost < best:
             best, kernel = cost, name
     return kernel
@@ -72,7 +72,7 @@ def training_kernel(input: Tensor, weight: Tensor, geometry) -> str:
         return "torch"
     size = [n + 2 * p - 2 for n, p in zip(input.shape[2:], geometry[2], strict=True)]
     shape = (*input.shape[:2], weight.shape[0], *size)
-    return _kernel(*shape, _is_channels_last(input), False, torch.get_num_threads())
+    return _kernel(*shape, _is_channels_last(input), False)
 
 
 def input_gradient_kernel(grad: Tensor, weight: Tensor, geometry) -> str:
@@ -86,7 +86,7 @@ def input_gradient_kernel(grad: Tensor, weight: Tensor, geometry) -> str:
         return "torch"
     size = [n + 2 - 2 * p for n, p in zip(grad.shape[2:], padding, strict=True)]
     shape = (*grad.shape[:2], weight.shape[1], *size)
-    return _kernel(*shape, _is_channels_last(grad), True, torch.get_num_threads())
+    return _kernel(*shape, _is_channels_last(grad), True)
 
 
 def input_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry, needs) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What :func:`conv2d` and :func:`conv_transpose2d` share: where kernels run, layouts of weights, derivatives."""
+"""What :func:`conv2d` and :func:`conv_transpose2d` share: where kernels run, derivatives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _library, reference
 from ._autograd import register_autograd
@@ -30,26 +29,6 @@ def tracing() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
-
-
-# ---- layouts of weights --------------------------------------------------------------------------
-
-
-_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def kept_layout(weight: Tensor, name: tuple, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """``prepare(weight)``, kept under ``name`` while the weight lives and is not changed."""
-    if weight.is_inference():  # counts no changes
-        return prepare(weight.detach())
-    key = (weight._version, weight.data_ptr())
-    kept = _prepared.get(weight)
-    if kept is None or kept[0] != key:
-        kept = _prepared[weight] = (key, {})
-    layout = kept[1].get(name)
-    if layout is None:
-        layout = kept[1][name] = prepare(weight.detach())
-    return layout
 
 
 # ---- derivatives ---------------------------------------------------------------------------------

@@ -7,20 +7,25 @@ Weights are laid out for their kernel once, and kept while the weight tensor liv
 step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data`` or NumPy is not.
 Weights that are being trained (that need a gradient, with gradients enabled) change at every step: they are laid out at
 each call and not kept, where the convolution gains more than that takes (3x3, stride 1, pixels enough), and run on
-torch's convolution elsewhere. So does the gradient of the input; those of weight and bias are always torch's.
+torch's convolution elsewhere. So does the gradient of the input; those of weight and bias are always torch's. Shapes
+alone decide, not the number of threads, of which results must not depend.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from .._library import LIBRARY, define
+from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
-from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
+from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
 from ._conv2d_training import input_gradient, training_kernel
-from ._convolution import ACTIVATIONS, kept_layout, on_kernels, register_convolution, tracing
+from ._convolution import ACTIVATIONS, on_kernels, register_convolution, tracing
+from ._layouts import kept_layout
+from ._vmap import register_image_vmap
 
 KERNELS = (
     *("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16"),
@@ -62,7 +67,7 @@ def conv2d(
         weight: ``[K, C / groups, KH, KW]``, of the input's type, but under autocast.
         bias: ``[K]``, as the weight.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding also ``"valid"`` or, with
-            stride 1, ``"same"``.
+            stride 1, ``"same"``, for which kernels of even reach pad a copy of the input.
         scale, shift: ``[K]``, such as a batch norm's; they are folded into weights and bias at every call, so fold them
             yourself where they do not change.
         residual: of the output's shape, added before the activation.
@@ -78,6 +83,11 @@ def conv2d(
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes,
         twice.
+
+        Under autocast the result has its type, as torch's convolution; on the CPU it is computed in float32.
+
+        In a graph of ``torch.compile`` weights are laid out at every call. With ``backend="fastcv"``, and in what
+        :func:`fastcv.accelerate` returns, they are laid out once.
 
         Rounding errors in float32, as measured (no proof): at most 1e-5 of the largest output (most 2e-6) where the
         magnitude of pixels and weights does not vary much; with the less exact kernels 5e-5. With scales from 1e-6 to
@@ -99,6 +109,14 @@ def conv2d(
                 [1., 4., 1.],
                 [0., 1., 0.]])
     """
+    if any_enabled():
+        tensors = dict(input=input, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual)
+        result = autocast(
+            conv2d, tensors, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation,
+            negative_slope=negative_slope, kernel=kernel,
+        )  # fmt: skip
+        if result is not None:
+            return result
     options = (stride, padding, dilation, groups, activation, kernel)
     key = _key(input, weight, bias, residual, options) if scale is None and shift is None else None
     geometry = _checked.get(key)
@@ -109,6 +127,12 @@ def conv2d(
             bias = None if bias is None else bias * scale
         if shift is not None:
             bias = shift if bias is None else bias + shift
+        uneven = _uneven(weight, geometry[3]) if padding == "same" else (0, 0)
+        if any(uneven):
+            return conv2d(
+                F.pad(input, (0, uneven[1], 0, uneven[0])), weight, bias, 1, tuple(geometry[2]), dilation, groups,
+                residual=residual, activation=activation, negative_slope=negative_slope, kernel=kernel,
+            )  # fmt: skip
         if not on_kernels(input, weight, bias, residual):
             return reference.conv2d.conv2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
@@ -150,11 +174,16 @@ def _key(input, weight, bias, residual, options) -> tuple | None:
     try:
         if tracing() or not on_kernels(input, weight, bias, residual):
             return None
+        for option in options:  # 1.0 and True are as good a key as 1
+            if type(option) is tuple:
+                for number in option:
+                    if type(number) is not int:
+                        return None
+            elif type(option) is not int and type(option) is not str:
+                return None
         shapes = (input.shape, weight.shape, bias if bias is None else bias.shape)
-        key = (*shapes, residual if residual is None else residual.shape, *options)
-        hash(key)
-        return key
-    except (AttributeError, TypeError):  # not tensors, or options in lists
+        return (*shapes, residual if residual is None else residual.shape, *options)
+    except AttributeError:  # not tensors
         return None
 
 
@@ -163,8 +192,9 @@ def _check(input, weight, bias, residual, scale, shift, stride, padding, dilatio
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
-    check_shape("weight", weight, ("K", input.shape[1] // groups if groups > 0 else "C / groups", "KH", "KW"))
-    if groups < 1 or input.shape[1] % groups or weight.shape[0] % groups:
+    check_groups(groups)
+    check_shape("weight", weight, ("K", input.shape[1] // groups, "KH", "KW"))
+    if input.shape[1] % groups or weight.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of {input.shape[1]} and {weight.shape[0]} channels, got {groups}")
     for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
         if vector is not None:
@@ -193,7 +223,7 @@ def _train(input: Tensor, weight: Tensor, bias, residual, geometry, activation: 
 
 def _choose(input: Tensor, weight: Tensor, geometry) -> str:
     groups, stride, padding, dilation = geometry
-    key = (input.shape, weight.shape, groups, *stride, *padding, *dilation, torch.get_num_threads())
+    key = (input.shape, weight.shape, groups, *stride, *padding, *dilation)
     kernel = _chosen.get(key)
     if kernel is None:
         kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
@@ -210,11 +240,15 @@ def _padding(padding, size, stride, dilation) -> list[int]:
     if padding == "valid":
         return [0, 0]
     if padding == "same":
-        reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-        if any(s != 1 for s in stride) or any(r % 2 for r in reach):
-            raise ValueError(f'padding: "same" needs stride 1 and kernels of odd reach, got stride {stride}, {reach}')
-        return [r // 2 for r in reach]
+        if any(s != 1 for s in stride):
+            raise ValueError(f'padding: "same" needs stride 1, got stride {stride}')
+        return [d * (k - 1) // 2 for d, k in zip(dilation, size, strict=True)]
     return list(pair("padding", padding, minimum=0))
+
+
+def _uneven(weight: Tensor, dilation) -> tuple[int, ...]:
+    """Rows and columns that "same" pads below and right more than above and left."""
+    return tuple(d * (k - 1) % 2 for d, k in zip(dilation, weight.shape[2:], strict=True))
 
 
 def prepared_weight(weight: Tensor, groups: int, stride, padding, dilation, kernel: str) -> Tensor:
@@ -246,3 +280,5 @@ def _(weight, groups, stride, padding, dilation, kernel):
 
 
 register_convolution("conv2d", input_gradient)
+register_image_vmap("conv2d", 0, 3)
+register_image_vmap("conv2d_input_gradient", 0)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .. import reference
 from .._library import LIBRARY, define
+from ._autocast import any_enabled, autocast
 from ._autograd import register_autograd
 from ._checks import check_floating, check_same_device, check_shape, pair
+from ._vmap import register_image_vmap
 
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 define(f"conv2d_local(Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", reference.conv2d_local.conv2d_local)
@@ -43,7 +45,8 @@ def conv2d_local(
 
     Returns:
         ``[N, K, OH, OW]`` in the input's dtype and memory format. Differentiable with respect to all tensors, in both
-        modes, twice. Bit-equal for any number of threads.
+        modes, twice. Bit-equal for any number of threads. Under autocast it has its type, as of
+        :func:`fastcv.ops.conv2d`.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
@@ -55,6 +58,11 @@ def conv2d_local(
         >>> fastcv.ops.conv2d_local(x, weight).flatten()
         tensor([  1., 320.])
     """
+    if any_enabled():
+        tensors = dict(input=input, weight=weight, bias=bias)
+        result = autocast(conv2d_local, tensors, stride=stride, padding=padding, dilation=dilation)
+        if result is not None:
+            return result
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
@@ -165,3 +173,7 @@ for _name, _gradient in (
         return sum(terms[1:], terms[0])
 
     register_autograd(_name, setup_context=_setup, backward=_gradient, jvp=_jvp)
+
+register_image_vmap("conv2d_local", 0)
+register_image_vmap("conv2d_local_input_backward", 0)
+register_image_vmap("conv2d_local_weight_backward")

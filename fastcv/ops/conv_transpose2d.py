@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from .. import reference
 from .._library import LIBRARY, define
+from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
-from ._checks import check_floating, check_one_of, check_same_device, check_shape, pair
-from ._convolution import ACTIVATIONS, kept_layout, on_kernels, register_convolution, tracing
+from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
+from ._convolution import ACTIVATIONS, on_kernels, register_convolution, tracing
+from ._layouts import kept_layout
+from ._vmap import register_image_vmap
 from .conv2d import conv2d
 
 # In the order of TransposedKernel in csrc/conv_transpose2d/conv_transpose2d_plan.h.
@@ -84,7 +87,11 @@ def conv_transpose2d(
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format, with
         ``OH = (H - 1) * stride - 2 * padding + dilation * (KH - 1) + output_padding + 1``. Differentiable with respect
-        to all tensors, in both modes, twice.
+        to all tensors, in both modes, twice. Under autocast it has its type, as torch's; on the CPU it is computed in
+        float32.
+
+        In a graph of ``torch.compile`` weights are laid out at every call. With ``backend="fastcv"``, and in what
+        :func:`fastcv.accelerate` returns, they are laid out once.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device, or an empty output.
@@ -100,6 +107,14 @@ def conv_transpose2d(
                 [10., 29., 33., 13.],
                 [12., 24., 16.,  4.]])
     """
+    if any_enabled():
+        result = autocast(
+            conv_transpose2d, dict(input=input, weight=weight, bias=bias, residual=residual), stride=stride,
+            padding=padding, output_padding=output_padding, groups=groups, dilation=dilation, activation=activation,
+            negative_slope=negative_slope, kernel=kernel,
+        )  # fmt: skip
+        if result is not None:
+            return result
     options = (stride, padding, output_padding, groups, dilation, activation, kernel)
     geometry = _check(input, weight, bias, residual, *options)
     if not on_kernels(input, weight, bias, residual):
@@ -128,7 +143,8 @@ def _check(
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
     check_shape("weight", weight, (input.shape[1], "K / groups", "KH", "KW"))
-    if groups < 1 or input.shape[1] % groups:
+    check_groups(groups)
+    if input.shape[1] % groups:
         raise ValueError(f"groups: expected a divisor of {input.shape[1]} channels, got {groups}")
     if bias is not None:
         check_floating("bias", bias)
@@ -160,8 +176,10 @@ def _prepared_weight(input: Tensor, weight: Tensor, geometry, kernel: str) -> Te
     def prepare(weight: Tensor) -> Tensor:
         return torch.ops.fastcv.conv_transpose2d_prepare(input.detach(), weight, *geometry, kernel)
 
-    groups, *options = geometry
-    return kept_layout(weight, ("transposed", kernel, groups, *(n for option in options for n in option)), prepare)
+    groups, stride, padding, output_padding, dilation = geometry
+    # Which kernel serves a phase may depend on its padding as well, but only where the phase is dilated.
+    pads = () if dilation == [1, 1] else (*padding, *output_padding)
+    return kept_layout(weight, ("transposed", kernel, groups, *stride, *dilation, *pads), prepare)
 
 
 def _output_size(input, weight, stride, padding, output_padding, dilation) -> list[int]:
@@ -196,8 +214,10 @@ def _input_gradient(grad, input, weight, geometry, needs):
     if needs[1] or type(weight) not in (Tensor, nn.Parameter):
         return None
     groups, stride, padding, _, dilation = geometry
-    d_input = conv2d(grad, weight, None, stride, padding, dilation, groups)
+    with torch.autocast(grad.device.type, enabled=False):
+        d_input = conv2d(grad, weight, None, stride, padding, dilation, groups)
     return d_input[:, :, : input.shape[2], : input.shape[3]]  # more where output_padding >= stride
 
 
 register_convolution("conv_transpose2d", _input_gradient)
+register_image_vmap("conv_transpose2d", 0, 3)

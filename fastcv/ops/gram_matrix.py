@@ -250,3 +250,23 @@ def _vmap(info, in_dims, *arguments):
 
 torch.library.register_vmap("fastcv::gram_matrix", _vmap, lib=LIBRARY)
 torch.library.register_vmap("fastcv::gram_matrix_backward", _vmap, lib=LIBRARY)
+
+
+def _vmap_style(info, in_dims, features, targets, weights):
+    size = info.batch_size
+    features = [front(f, d, size) for f, d in zip(features, in_dims[0], strict=True)]
+    folded_targets = []
+    for t, d, f in zip(targets, in_dims[1], features, strict=True):
+        if d is not None or t.shape[0] != 1:  # one for each image
+            t = front(t, d, size)
+            t = t.expand(size, f.shape[1], *t.shape[2:]).flatten(0, 1)
+        folded_targets.append(t)
+    results = torch.ops.fastcv.style_loss([f.flatten(0, 1) for f in features], folded_targets, weights)
+    # Its loss is the mean over all images: those of the samples follow from the differences.
+    differences = [d.unflatten(0, f.shape[:2]) for d, f in zip(results[1:], features, strict=True)]
+    terms = zip(differences, weights, strict=True)
+    losses = [(d * d).sum((1, 2, 3)) * (w / (4 * max(1, d.shape[1]))) for d, w in terms]
+    return [sum(losses[1:], losses[0]), *differences], [0] * (1 + len(differences))
+
+
+torch.library.register_vmap("fastcv::style_loss", _vmap_style, lib=LIBRARY)

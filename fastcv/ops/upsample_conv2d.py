@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_shape
-from ._convolution import kept_layout, tracing
+from ._convolution import tracing
+from ._layouts import kept_layout
 from .conv2d import conv2d
 
 
@@ -42,7 +44,8 @@ def upsample_conv2d(
 
     Returns:
         ``[N, K, H * scale_factor, W * scale_factor]`` in the input's memory format, equal to rounding (weights are
-        added before they are multiplied). Differentiable with respect to all tensors, in both modes, twice.
+        added before they are multiplied). Differentiable with respect to all tensors, in both modes, twice. Under
+        autocast it has its type; on the CPU it is computed in float32.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device, a kernel of even size, a factor below 1.
@@ -54,6 +57,13 @@ def upsample_conv2d(
         tensor([[4., 6., 6., 4.],
                 [4., 6., 6., 4.]])
     """
+    if any_enabled():
+        result = autocast(
+            upsample_conv2d, dict(input=input, weight=weight, bias=bias), scale_factor=scale_factor,
+            activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+        if result is not None:
+            return result
     check_floating("input", input)
     check_shape("input", input, ("N", "C", "H", "W"))
     check_floating("weight", weight)
@@ -99,9 +109,4 @@ def _phase_weight(weight: Tensor, scale: int) -> Tensor:
     """:func:`_summed`; of fixed weights kept, so that what :func:`conv2d` lays out is kept as well."""
     if tracing() or needs_derivatives(weight) or weight.is_inference():
         return _summed(weight, scale)
-
-    def prepare(weight: Tensor) -> Tensor:
-        with torch.inference_mode(False):  # a tensor that counts its changes
-            return _summed(weight, scale)
-
-    return kept_layout(weight, ("phases", scale), prepare)
+    return kept_layout(weight, ("phases", scale), lambda weight: _summed(weight, scale))

@@ -75,8 +75,35 @@ def test_tuning(tmp_path):
     assert kernel_after("winograd_2x2") == "winograd_2x2"
     assert kernel_after("gemm") == "gemm"
     assert kernel_after("auto") == "winograd"
-    with pytest.raises(ValueError, match="does not hold choices"):
-        kernel_after("depthwise")
+    weight = torch.randn(16, 16, 3, 3)
+    good = {**shape, "kernel": "gemm"}
+    before = fastcv.ops.conv2d(x, weight, padding=1)
+    for bad, message in (
+        ({}, "expected a list, got dict"),
+        ("x", "expected a list, got str"),
+        ([1], "choice 0: expected a dictionary, got 1"),
+        ([good, {}], "choice 1: input: expected 4 ints"),
+        ([good, {**good, "kernel": "bf16"}], "choice 1: kernel: expected one of gemm, .* got 'bf16'"),
+        ([good, {**good, "kernel": "winograd_6x6"}], "choice 1: kernel: .* got 'winograd_6x6'"),
+        ([good, {**good, "kernel": ["gemm"]}], "choice 1: kernel: "),
+        ([good, {**good, "stride": [1]}], "choice 1: stride: expected 2 ints"),
+        ([good, {**good, "groups": -1}], "choice 1: groups: expected an int"),
+        ([good, {**good, "padding": [True, 1]}], "choice 1: padding: expected 2 ints"),
+        ([good, {**good, "dilation": [1, 2**62]}], "choice 1: dilation: expected 2 ints"),
+        ([good, {**good, "groups": 5}], "weight: expected"),
+        ([good, {**good, "kernel": "depthwise"}], "does not serve"),
+    ):
+        file.write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=rf"does not hold choices of fastcv\.tune \(.*{message}"):
+            fastcv.load_tuning(file)
+        assert torch.equal(fastcv.ops.conv2d(x, weight, padding=1), before)  # nothing of it is used
+    file.write_text(json.dumps([good]))
+    fastcv.load_tuning(file)
+    file.write_text(json.dumps([{**good, "kernel": "winograd"}, {**good, "kernel": "depthwise"}]))
+    with pytest.raises(ValueError, match="does not serve"):
+        fastcv.load_tuning(file)
+    assert torch.equal(fastcv.ops.conv2d(x, weight, padding=1), fastcv.ops.conv2d(x, weight, padding=1, kernel="gemm"))
+    assert kernel_after("auto") == "winograd"
     file.write_text("nothing")
     with pytest.raises(ValueError, match="is not JSON"):
         fastcv.load_tuning(file)

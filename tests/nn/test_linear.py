@@ -11,7 +11,7 @@ from torch import nn
 
 import fastcv
 from fastcv._library import implementation
-from fastcv.ops._convolution import _prepared
+from fastcv.ops._layouts import kept
 from fastcv.reference.conv2d import ACTIVATIONS
 
 compiled_only = pytest.mark.skipif(implementation("conv2d", "cpu") != "compiled", reason="of the compiled kernels")
@@ -120,20 +120,20 @@ def test_gradients_and_a_training_step():
 @compiled_only
 def test_what_is_laid_out_is_kept_and_forgotten_with_the_layer():
     gc.collect()
-    before = len(_prepared)
+    before = len(kept)
     layer = fastcv.nn.Linear(1024, 1030)
     with torch.no_grad():
         layer(torch.randn(2, 1024))
-        assert len(_prepared) == before  # few vectors need no copy
+        assert len(kept) == before  # few vectors need no copy
         layer(torch.randn(8, 1024))
-        (first,) = _prepared[layer.weight][1].values()
+        first = kept[layer.weight][1]
         layer(torch.randn(9, 1024))
-        assert [layout is first for layout in _prepared[layer.weight][1].values()] == [True]
+        assert kept[layer.weight][1] is first
     size = len(pickle.dumps(layer))
     assert size < 1.1 * 4 * layer.weight.numel()
     del layer
     gc.collect()
-    assert len(_prepared) == before
+    assert len(kept) == before
 
 
 def test_compile():

@@ -1,6 +1,7 @@
 """conv2d: by hand, against float64 over awkward shapes and layouts, kernels by name, derivatives, machinery, errors."""
 
 import gc
+import warnings
 
 import conv_cases
 import pytest
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from conv_cases import FORMATS, compiled_only, error, with_kernels
 from torch.library import opcheck
 
+import fastcv
 from fastcv.ops import conv2d
-from fastcv.ops._convolution import ACTIVATIONS, _prepared
+from fastcv.ops._convolution import ACTIVATIONS
+from fastcv.ops._layouts import kept
 from fastcv.ops.conv2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
 
@@ -144,13 +147,13 @@ def test_weights_are_prepared_once_and_forgotten_with_their_tensor():
     gc.collect()
     x, weight, bias, *geometry = case(SHAPES[6])
     conv2d(x, weight, bias, *geometry)
-    (first,) = _prepared[weight][1].values()
+    (first,) = kept[weight][1].values()
     conv2d(x, weight, bias, *geometry)
-    assert [p is first for p in _prepared[weight][1].values()] == [True]
-    count = len(_prepared)
+    assert [p is first for p in kept[weight][1].values()] == [True]
+    count = len(kept)
     del weight
     gc.collect()
-    assert len(_prepared) == count - 1
+    assert len(kept) == count - 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -185,6 +188,54 @@ def test_same_padding():
         conv2d(x, weight, bias, stride=2, padding="same")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("size", "dilation"), [((2, 2), 1), ((4, 3), 1), ((3, 4), (2, 3)), ((1, 6), 1)])
+def test_same_padding_of_kernels_of_even_size(size, dilation, memory_format):
+    x = torch.randn(2, 4, 9, 8).contiguous(memory_format=memory_format).requires_grad_()
+    weight, bias, scale = torch.randn(6, 4, *size, requires_grad=True), torch.randn(6), torch.rand(6)
+    residual = torch.randn(2, 6, 9, 8)
+    for _ in range(2):  # what the first call found is kept
+        out = conv2d(x, weight, bias, padding="same", dilation=dilation)
+        expected = F.conv2d(x, weight, bias, padding="same", dilation=dilation)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        assert out.is_contiguous(memory_format=memory_format)
+    v = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad((y * v).sum(), [x, weight]) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    options = dict(padding="same", dilation=dilation, scale=scale, residual=residual, activation="relu")
+    out = conv2d(x.detach(), weight.detach(), bias, **options)
+    torch.testing.assert_close(out, (expected * scale[:, None, None] + residual).relu(), rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(fastcv.ops.conv2d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, weight, bias, padding="same", dilation=dilation), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_vmap():
+    x, weight, residual = torch.randn(3, 2, 4, 6, 7), torch.randn(5, 4, 3, 3), torch.randn(3, 2, 5, 4, 5)
+    weights = torch.randn(3, 5, 4, 3, 3)
+
+    def f(x, weight, residual=None):
+        return conv2d(x, weight, residual=residual, activation="silu")
+
+    def loss(weight, x):
+        return f(x, weight).square().sum()
+
+    vmap, close = torch.func.vmap, torch.testing.assert_close
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of torch's slow way
+        each = torch.stack([f(s, weight) for s in x])
+        close(vmap(f, (0, None))(x, weight), each)
+        close(vmap(f, (1, None))(x.movedim(0, 1), weight), each)
+        close(vmap(f, (0, None, 0))(x, weight, residual), torch.stack([f(x[i], weight, residual[i]) for i in range(3)]))
+        close(vmap(f)(x, weights), torch.stack([f(x[i], weights[i]) for i in range(3)]))
+        close(vmap(f, (None, 0))(x[0], weights), torch.stack([f(x[0], w) for w in weights]))
+        close(vmap(vmap(f, (0, None)), (0, None))(x[:, :, None], weight), each[:, :, None])
+        gradients = vmap(torch.func.grad(loss), (None, 0))(weight, x)
+        close(gradients, torch.stack([torch.func.grad(loss)(weight, s) for s in x]), rtol=1e-4, atol=1e-3)
+
+
 def test_errors():
     x, weight, bias = torch.ones(1, 4, 5, 5), torch.ones(6, 4, 3, 3), torch.ones(6)
     for wrong, message in (
@@ -194,7 +245,7 @@ def test_errors():
         (dict(groups=3), "groups|weight"),
         (dict(stride=0), "stride"),
         (dict(padding=-1), "padding"),
-        (dict(activation="tanh"), "activation: expected .* got 'tanh'"),
+        (dict(activation="softsign"), "activation: expected .* got 'softsign'"),
         (dict(kernel="fft"), "kernel: expected"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -205,3 +256,37 @@ def test_errors():
         conv2d(x[..., :2], weight)
     with pytest.raises(RuntimeError, match=r"residual|size"):
         conv2d(x, weight, residual=torch.ones(1, 6, 4, 4))
+    conv2d(x, weight, stride=1, padding=(1, 1), groups=1)
+    for wrong in (dict(stride=1.0), dict(stride=True), dict(padding=(True, 1)), dict(padding=(1.0, 1)),
+                  dict(groups=1.0), dict(groups=True)):  # fmt: skip
+        with pytest.raises(ValueError, match="expected an int"):
+            conv2d(x, weight, **(dict(stride=1, padding=(1, 1), groups=1) | wrong))
+
+
+def test_numbers_too_large():
+    """They would overflow, or be looped over for ever."""
+    x, weight, huge = torch.ones(1, 4, 5, 5), torch.ones(4, 4, 3, 3), 2**31
+    for name in ("stride", "padding", "dilation"):
+        for value in (huge, 2**62, 2**63 - 1, (1, huge)):
+            with pytest.raises(ValueError, match=rf"{name}: expected .* at most 2147483647"):
+                conv2d(x, weight, **{name: value})
+
+
+@compiled_only
+@pytest.mark.parametrize("kernel", ["gemm", "winograd", "depthwise", "auto", "bf16", "grouped"])
+def test_numbers_too_large_for_the_kernels(kernel):
+    x, weight, groups = torch.ones(1, 4, 5, 5), torch.ones(4, 4, 3, 3), 1
+    if kernel == "depthwise":
+        weight, groups = torch.ones(4, 1, 3, 3), 4
+    ops, one = torch.ops.fastcv, [1, 1]
+    for huge in (2**31, 2**62, 2**63 - 1):
+        for numbers in (([huge, 1], one, one), (one, [1, huge], one), (one, one, [huge, huge])):
+            geometry = (groups, *numbers)
+            with pytest.raises(RuntimeError, match=r"2\^31"):
+                ops.conv2d(x, weight, None, None, None, *geometry, "none", 0.0, kernel)
+            with pytest.raises(RuntimeError, match=r"2\^31"):
+                ops.conv2d_prepare(weight, *geometry, kernel)
+        with pytest.raises(RuntimeError, match="groups"):
+            ops.conv2d_prepare(weight, huge, one, one, one, kernel)
+    with pytest.raises(RuntimeError, match=r"2\^31"):  # the reach of the kernel
+        ops.conv2d(x, weight, None, None, None, groups, one, [2**30, 2**30], [2**30, 2**30], "none", 0.0, kernel)

@@ -1,5 +1,7 @@
 """conv2d_local: by hand, against shared convolution and the reference, derivatives, machinery, errors."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch.library import opcheck
 
 import fastcv
 from fastcv import reference
+from fastcv._library import implementation
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -172,3 +175,28 @@ def test_errors():
     ):
         with pytest.raises(error, match=match):
             bad()
+
+
+def test_numbers_too_large():
+    x, weight = torch.ones(1, 2, 5, 5), torch.ones(3, 3, 2, 2, 3, 3)
+    one = [1, 1]
+    with pytest.raises(ValueError, match=r"dilation: expected .* at most 2147483647"):
+        fastcv.ops.conv2d_local(x, weight, dilation=2**62)
+    if implementation("conv2d_local", "cpu") == "compiled":
+        for huge in (2**31, 2**62, 2**63 - 1):
+            for geometry in (([huge, 1], [0, 0], one), (one, [huge, 0], one), (one, [0, 0], [huge, huge])):
+                with pytest.raises(RuntimeError, match=r"2\^31"):
+                    torch.ops.fastcv.conv2d_local(x, weight, *geometry)
+
+
+def test_vmap():
+    x, weight = torch.randn(3, 2, 2, 5, 5), torch.randn(3, 3, 4, 2, 3, 3)
+    f = fastcv.ops.conv2d_local
+    gradient = torch.func.grad(lambda w, x: f(x, w).square().sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of torch's slow way
+        for actual, expected in (
+            (torch.func.vmap(f, (0, None))(x, weight), [f(s, weight) for s in x]),
+            (torch.func.vmap(gradient, (None, 0))(weight, x), [gradient(weight, s) for s in x]),
+        ):
+            torch.testing.assert_close(actual, torch.stack(expected))

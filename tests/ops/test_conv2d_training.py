@@ -64,6 +64,24 @@ def test_gradients_in_training(shape, memory_format):
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
+# The last two are those for which more or fewer threads would make another kernel faster.
+@compiled_only
+@pytest.mark.parametrize("shape", [*TRAINED, (1, 64, 64, 40, 40, 1), (2, 64, 64, 40, 40, 1)], ids=str)
+def test_training_is_the_same_for_any_number_of_threads(shape):
+    x, weight, bias, padding = trained_case(shape, torch.channels_last)
+    threads, kernels, results = torch.get_num_threads(), [], []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        out = conv2d(x, weight, bias, padding=padding)
+        kernel = input_gradient_kernel(out, weight, (1, [1, 1], [1, 1], [1, 1]))
+        kernels.append((type(out.grad_fn).__name__, kernel))
+        results.append((out, *gradients(conv2d, x, weight, bias, padding)[:1]))
+    torch.set_num_threads(threads)
+    assert kernels[0] == kernels[1] == kernels[2]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_epilogue_in_training():
     x, weight, bias, _ = trained_case(TRAINED[0])
     residual = torch.randn(8, 64, 34, 31, requires_grad=True)
@@ -151,7 +169,7 @@ def test_where_training_runs():
     """Preparing weights of many channels for few pixels, or anything for a tiny layer, does not pay."""
 
     def kernel(*shape):
-        return _kernel(*shape, True, False, 2)
+        return _kernel(*shape, True, False)
 
     assert kernel(8, 64, 64, 56, 56) == kernel(8, 256, 256, 28, 28) == "winograd"
     assert kernel(1, 512, 512, 7, 7) == kernel(1, 256, 256, 14, 14) == kernel(8, 16, 16, 8, 8) == "torch"

@@ -2,6 +2,7 @@
 errors."""
 
 import gc
+import warnings
 
 import conv_cases
 import pytest
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from conv_cases import FORMATS, compiled_only, error, with_kernels
 from torch.library import opcheck
 
+import fastcv
 from fastcv.ops import conv2d, conv_transpose2d
-from fastcv.ops._convolution import ACTIVATIONS, _prepared
+from fastcv.ops._convolution import ACTIVATIONS
+from fastcv.ops._layouts import kept
 from fastcv.ops.conv_transpose2d import KERNELS
 from fastcv.reference.conv2d import ACTIVATIONS as FORMULAS
 
@@ -156,22 +159,32 @@ def test_weights_are_prepared_once_and_apart_from_those_of_conv2d():
     conv2d(x, weight, bias, padding=1)
     expected = F.conv_transpose2d(x, weight, bias, padding=1)
     for _ in range(2):
-        assert error(conv_transpose2d(x, weight, bias, padding=1), expected.double()) < 1e-5
-    assert len(_prepared[weight][1]) == 2
-    # Other geometries lay the same weights out in other ways.
+        assert error(fastcv.ops.conv_transpose2d(x, weight, bias, padding=1), expected.double()) < 1e-5
+    assert len(kept[weight][1]) == 2
+    # Other paddings lay the weights out alike.
+    for padding in (0, 1):
+        for output_padding in ((0, 0), (0, 1), (1, 1)):
+            options = dict(stride=2, padding=padding, output_padding=output_padding)
+            result = fastcv.ops.conv_transpose2d(x, weight, bias, **options, kernel="winograd")
+            expected = F.conv_transpose2d(x, weight, bias, **options)
+            assert error(result, expected.double()) < 1e-5
+    assert len(kept[weight][1]) == 3
+    # Other geometries lay the same weights out in other ways, dilated ones also by their padding.
     for stride, padding, output_padding, dilation in (
         (2, 1, 1, 1),
         (2, 0, 0, 1),
         (1, 2, 0, 2),
+        (1, 1, 0, 2),
         (2, 1, 0, 2),
         (3, 1, 2, 1),
     ):
         options = dict(stride=stride, padding=padding, output_padding=output_padding, dilation=dilation)
-        for y in (x, x[:, :, :1, :1]):
+        for y, kernel in ((x, "auto"), (x[:, :, :1, :1], "auto"), (x, "winograd")):
             if (y.shape[2] - 1) * stride - 2 * padding + 2 * dilation + output_padding < 0:
                 continue
             expected = F.conv_transpose2d(y, weight, bias, **options)
-            assert error(conv_transpose2d(y, weight, bias, **options), expected.double()) < 1e-5
+            result = fastcv.ops.conv_transpose2d(y, weight, bias, **options, kernel=kernel)
+            assert error(result, expected.double()) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ["none", "silu", "leaky_relu"])
@@ -240,7 +253,7 @@ def test_errors():
         (dict(padding=-1), "padding"),
         (dict(stride=2, output_padding=2), "output_padding: expected less than stride or dilation, 2, got 2"),
         (dict(padding=4), "input: expected a size that gives an output"),
-        (dict(activation="tanh"), "activation: expected .* got 'tanh'"),
+        (dict(activation="softsign"), "activation: expected .* got 'softsign'"),
         (dict(kernel="fft"), "kernel: expected"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -249,6 +262,47 @@ def test_errors():
         conv_transpose2d(x, weight.int())
     with pytest.raises(RuntimeError, match=r"residual|size"):
         conv_transpose2d(x, weight, residual=torch.ones(1, 6, 4, 4))
+
+
+@compiled_only
+@pytest.mark.parametrize("kernel", ["gemm", "merged", "depthwise", "pixel", "winograd", "auto"])
+def test_numbers_too_large(kernel):
+    x, weight, groups = torch.ones(1, 4, 1, 1), torch.ones(4, 4, 2, 2), 1
+    if kernel == "depthwise":
+        weight, groups = torch.ones(4, 1, 2, 2), 4
+    one, none = [1, 1], [0, 0]
+    for huge in (2**31, 2**40, 2**62, 2**63 - 1):
+        for geometry in (
+            (groups, [huge, huge], none, none, one),
+            (groups, one, [huge, huge], none, one),
+            (groups, one, none, none, [huge, huge]),
+            (groups, one, [2**62, 2**62], [huge, huge], one),
+            (groups, one, none, [huge, huge], one),
+        ):
+            with pytest.raises(RuntimeError, match=r"2\^31"):
+                torch.ops.fastcv.conv_transpose2d(x, weight, None, None, None, *geometry, "none", 0.0, kernel)
+    for stride in ((2**20, 1), (300, 300)):
+        with pytest.raises(RuntimeError, match="at most 65536 phases"):
+            fastcv.ops.conv_transpose2d(x, weight, stride=stride, groups=groups, kernel=kernel)
+    with pytest.raises(ValueError, match=r"dilation: expected .* at most 2147483647"):
+        fastcv.ops.conv_transpose2d(x, weight, groups=groups, dilation=2**31)
+    out = fastcv.ops.conv_transpose2d(x, weight, groups=groups, dilation=100, kernel=kernel)
+    torch.testing.assert_close(out, F.conv_transpose2d(x, weight, groups=groups, dilation=100))
+
+
+def test_vmap():
+    x, weight, weights = torch.randn(3, 2, 4, 6, 7), torch.randn(4, 5, 3, 3), torch.randn(3, 4, 5, 3, 3)
+
+    def f(x, weight):
+        return fastcv.ops.conv_transpose2d(x, weight, stride=2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of torch's slow way
+        for actual, expected in (
+            (torch.func.vmap(f, (0, None))(x, weight), [f(s, weight) for s in x]),
+            (torch.func.vmap(f)(x, weights), [f(s, w) for s, w in zip(x, weights, strict=True)]),
+        ):
+            torch.testing.assert_close(actual, torch.stack(expected))
 
 
 @compiled_only

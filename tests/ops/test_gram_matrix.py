@@ -233,6 +233,27 @@ def test_vmap():
     torch.testing.assert_close(per_sample, expected)
 
 
+@pytest.mark.parametrize("dims", [(0, None), (0, 0), (None, 0)], ids=str)
+@pytest.mark.parametrize("single", [False, True])
+def test_vmap_of_style_loss(dims, single):
+    torch.manual_seed(0)
+    samples, images = 4, 2
+    first, second = torch.randn(samples, images, 3, 4, 5), torch.randn(samples, images, 6, 2, 2)
+    targets = torch.randn(samples, 1 if single else images, 3, 3)
+    fixed = torch.randn(6, 6)
+
+    def loss(f, t):
+        return fastcv.ops.style_loss([f, second[0]], [t, fixed], [0.5, 2.0])
+
+    arguments = [a if d == 0 else a[0] for a, d in zip((first, targets), dims, strict=True)]
+    each = [[a[i] if d == 0 else a for a, d in zip(arguments, dims, strict=True)] for i in range(samples)]
+    torch.testing.assert_close(torch.func.vmap(loss, dims)(*arguments), torch.stack([loss(*e) for e in each]))
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    actual = torch.func.vmap(gradient, dims)(*arguments)
+    for a, *expected in zip(actual, *(gradient(*e) for e in each), strict=True):
+        torch.testing.assert_close(a, torch.stack(expected))
+
+
 def test_errors():
     x = torch.zeros(2, 3, 4, 5)
     for bad, error, match in (
