@@ -31,8 +31,9 @@ inline Tensor with_channels_last(const Tensor& t) {
 }
 
 inline Activation activation_of(const std::string& name) {
-  const char* const names[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "tanh"};
-  for (int i = 0; i < 9; ++i)
+  const char* const names[] = {"none",      "relu",        "relu6",   "leaky_relu", "silu",
+                               "hardswish", "hardsigmoid", "sigmoid", "gelu",       "tanh"};
+  for (size_t i = 0; i < std::size(names); ++i)
     if (name == names[i]) return Activation(i);
   STD_TORCH_CHECK(false, "activation: \"", name, "\" is unknown");
 }
