@@ -44,6 +44,8 @@ class _State:
         # Of a single name itemgetter gives no tuple: the name twice does.
         self._owners = [(o, operator.itemgetter(*(n if len(n) > 1 else 2 * n))) for o, n in by_owner.values()]
         self._tensors = self._now()
+        # Held, so that nothing else can come to lie there: an assignment to `.data` counts as no change.
+        self._storages = [t.untyped_storage() for t in self._tensors]
         self._versions, self._places = list(map(_version, self._tensors)), list(map(_place, self._tensors))
 
     def _now(self) -> list[Tensor]:

@@ -406,6 +406,18 @@ def test_local_response_norm_is_ours():
     assert part.own_calls == ["local_response_norm"] * 2 and not part.torch_calls
 
 
+def test_data_that_is_assigned():
+    """Twice, so that the second may come to lie where the first was."""
+    model = nn.Sequential(nn.Conv2d(8, 64, 3)).eval()
+    fast, x = fastcv.accelerate(model), torch.randn(1, 8, 9, 9)
+    with torch.no_grad():
+        for _ in range(5):
+            fast(x)
+            for _ in range(2):
+                model[0].weight.data = model[0].weight.data * 1.5
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_threads_while_weights_change():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
     fast, x, errors = fastcv.accelerate(model), torch.ones(1, 3, 12, 12), []
