@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import register_autograd
-from ._checks import check_one_of
+from ._checks import as_int, check_one_of
 from ._pooling import call, check_map, fold_images, in_format, in_onnx_export, is_channels_last, like, torch_is_faster
 from .max_pool2d import _max_unpool2d, _max_unpool2d_backward
 
@@ -47,9 +47,10 @@ def _bins(input: Tensor, output_size: OutputSize) -> tuple[int, int]:
     if type(output_size) is int and output_size >= 0:
         return output_size, output_size
     both = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
-    if len(both) != 2 or any(b is not None and (not isinstance(b, (int, torch.SymInt)) or b < 0) for b in both):
+    bins = [size if b is None else as_int(b) for b, size in zip(both, (height, width), strict=False)]
+    if len(both) != 2 or any(b is None or b < 0 for b in bins):
         raise ValueError(f"output_size: expected an int or a pair of ints or None, 0 or more, got {output_size!r}")
-    return height if both[0] is None else both[0], width if both[1] is None else both[1]
+    return tuple(bins)
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: OutputSize) -> Tensor:
