@@ -34,6 +34,8 @@ define(
 _avg = torch.ops.fastcv.adaptive_avg_pool2d.default
 _avg_backward = torch.ops.fastcv.adaptive_avg_pool2d_backward.default
 _max = torch.ops.fastcv.adaptive_max_pool2d.default
+# Bound here, so that a program may put ours in their place.
+_torch_avg, _torch_max = torch._C._nn.adaptive_avg_pool2d, torch._C._nn.adaptive_max_pool2d
 
 OutputSize = int | None | tuple[int | None, int | None]
 _ANYWHERE = [1, 1, 1, 1, 0, 0, 1, 1]  # windows of one pixel: indices point where they like
@@ -75,7 +77,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: OutputSize) -> Tensor:
         tensor([2., 3., 5., 6.])
     """
     if type(output_size) is int and output_size > 1 and torch_is_faster("adaptive", input):  # 1 is as fast here
-        return torch._C._nn.adaptive_avg_pool2d(input, output_size)
+        return _torch_avg(input, output_size)
     size = _bins(input, output_size)
     if torch.compiler.is_compiling() and in_onnx_export():
         return F.adaptive_avg_pool2d(input, size)
@@ -107,7 +109,7 @@ def adaptive_max_pool2d(
         tensor([4., 5., 7., 8.])
     """
     if type(output_size) is int and output_size > 0 and torch_is_faster("adaptive", input):
-        result = torch._C._nn.adaptive_max_pool2d(input, output_size)
+        result = _torch_max(input, output_size)
         return result if return_indices else result[0]
     size = _bins(input, output_size)
     if torch.compiler.is_compiling() and in_onnx_export():

@@ -37,6 +37,7 @@ define(
 )
 _avg_pool2d = torch.ops.fastcv.avg_pool2d.default
 _avg_pool2d_backward = torch.ops.fastcv.avg_pool2d_backward.default
+_torch_avg_pool2d = torch._C._nn.avg_pool2d  # bound here, so that a program may put ours in its place
 
 
 def avg_pool2d(
@@ -73,7 +74,7 @@ def avg_pool2d(
     """
     if divisor_override is None and torch_is_faster("avg", input, kernel_size, stride, padding):
         stride = kernel_size if stride is None else stride
-        return torch._C._nn.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        return _torch_avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
     check_map(input)
     w = window(kernel_size, stride, padding, reach=False)
     check_fits(input, w, ceil_mode)
