@@ -1,6 +1,6 @@
 """avg_pool2d and adaptive pooling: Inception, DenseNet, the heads of ResNet and VGG, spatial pyramids.
 
-torch runs in both memory formats; the table has both.
+torch runs in both memory formats; the ratio is to the faster one, the table has both.
 """
 
 import torch

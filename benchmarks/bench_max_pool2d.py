@@ -1,6 +1,6 @@
 """max_pool2d: the pooling of VGG, ResNet, GoogLeNet and SegNet, with and without indices, and its gradient.
 
-torch runs in both memory formats; the ratio is to its better one for most shapes, channels-last, the table has both.
+torch runs in both memory formats; the ratio is to the faster one, the table has both.
 """
 
 import torch

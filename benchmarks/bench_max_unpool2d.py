@@ -1,6 +1,6 @@
 """max_unpool2d: the decoders of SegNet and DeconvNet, and pooling and unpooling with gradients.
 
-torch runs in both memory formats; the table has both.
+torch runs in both memory formats; the ratio is to the faster one, the table has both.
 """
 
 import torch

@@ -49,7 +49,8 @@ def save_table(path: Path, results: list[Result], environment: dict) -> None:
         "",
         "Times are medians, with the 20th and 80th percentile. Contenders gave the same results "
         "and took turns in one process. The ratio says how many times faster fastcv is; below 1 "
-        "it is slower. `make bench` writes this file.",
+        "it is slower. The chart and the command line show the ratio to the fastest of the others. "
+        "`make bench` writes this file.",
     ]
     operator = None
     for result in results:
@@ -91,7 +92,9 @@ def save_chart(path: Path, results: list[Result], environment: dict) -> None:
         axes.scatter(ratios, [row] * len(ratios), color=colours, s=36, alpha=0.8, zorder=2, edgecolor="white")
         ends = format_ratio(ratios[0]) + (f" to {format_ratio(ratios[-1])}" if len(ratios) > 1 else "")
         axes.text(ratios[-1] * 1.15, row, ends, va="center", fontsize=8)
-    baselines = [f"{name}  (against {', '.join({case.baseline: 0 for case in cases})})" for name, cases in rows.items()]
+    baselines = [
+        f"{name}  (against {' or '.join({case.baseline: 0 for case in cases})})" for name, cases in rows.items()
+    ]
     axes.set_yticks(range(len(rows)), baselines, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xscale("log")

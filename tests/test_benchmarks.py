@@ -50,6 +50,13 @@ def result(shape, ours, theirs):
     return harness.Result("nms", shape, times)
 
 
+def test_ratio_is_to_the_best_of_the_others():
+    seconds = {"fastcv": 2.0, "torch, channels-last": 8.0, "torch, contiguous": 3.0, "fastcv, in steps": 1.0}
+    times = {name: harness.Times(t, t, t, 7) for name, t in seconds.items()}
+    result = harness.Result("max_pool2d", "3x3", times)
+    assert (result.baseline, result.ratio) == ("torch, contiguous", 1.5)
+
+
 def test_report_shows_losses(tmp_path):
     results = [result("wins", 1e-3, 20e-3), result("loses", 4e-6, 1e-6)]
     environment = harness.environment()

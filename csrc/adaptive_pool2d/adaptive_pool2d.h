@@ -22,6 +22,18 @@ struct AdaptivePool {
   T* output;         // [N, C, bins, bins], dense
   int64_t* indices;  // y * W + x of the maxima; null for means
   int64_t stride_n, stride_c, stride_bin;
+
+  // Of a block of channels of a contiguous map in scratch: rows of the map, a power of two, as many as the first-level
+  // cache holds; rows of bins, enough to be written as vectors.
+  int64_t rows_held() const {
+    int64_t rows = 16;
+    while (rows > 2 && rows * input.width > 512) rows /= 2;
+    return rows;
+  }
+  int64_t bin_rows_held() const { return x.bins < 64 ? 64 / x.bins : 1; }
+  int64_t scratch_vectors() const {
+    return rows_held() * input.width + bin_rows_held() * x.bins + (indices ? x.bins : 0);
+  }
 };
 
 template <class T>
@@ -40,9 +52,9 @@ constexpr int64_t kAdaptiveChannels = 256;
 FASTCV_EACH_ISA(
     // All bins of channels begin <= c < end of one image of a channels-last map.
     template <class T> void adaptive_pool2d_channels_last(const AdaptivePool<T>& task, int64_t image, int64_t begin, int64_t end);
-    // All bins of up to a vector of channels from `channel` on of a contiguous map; scratch: (H * W + 2 * bins) vectors.
+    // Rows begin <= oy < end of bins of up to a vector of channels from `channel` on of a contiguous map.
     template <class T> void adaptive_pool2d_packed(const AdaptivePool<T>& task, int64_t image, int64_t channel,
-                                                   accumulate_t<T>* scratch);
+                                                   int64_t begin, int64_t end, accumulate_t<T>* scratch);
     // Means of whole planes begin <= n * C + c < end of a contiguous map with dense planes.
     template <class T> void global_avg_pool2d(const AdaptivePool<T>& task, int64_t begin, int64_t end);
     // Write the gradient: rows begin <= image * H + y < end of a channels-last map; planes begin <= n * C + c < end of a

@@ -29,10 +29,14 @@ void run(const AdaptivePool<T>& task, bool channels_last) {
     });
   } else {
     const int64_t lanes = FASTCV_PICK(adaptive_pool2d_block_channels<T>)(), blocks = (in.channels + lanes - 1) / lanes;
-    parallel_for(in.images * blocks, pool_grain(pixels * lanes), [&](int64_t begin, int64_t end) {
-      const auto scratch = allocate_scratch<accumulate_t<T>>(size_t((pixels + bins) * lanes));
-      for (int64_t i = begin; i < end; ++i)
-        FASTCV_PICK(adaptive_pool2d_packed<T>)(task, i / blocks, i % blocks * lanes, scratch.get());
+    const int64_t rows = task.y.bins;
+    parallel_for(in.images * blocks * rows, pool_grain(pixels * lanes / rows), [&](int64_t begin, int64_t end) {
+      const auto scratch = allocate_scratch<accumulate_t<T>>(size_t(task.scratch_vectors() * lanes));
+      while (begin < end) {
+        const int64_t block = begin / rows, first = begin % rows, last = std::min(rows, first + end - begin);
+        FASTCV_PICK(adaptive_pool2d_packed<T>)(task, block / blocks, block % blocks * lanes, first, last, scratch.get());
+        begin += last - first;
+      }
     });
   }
 }

@@ -8,7 +8,7 @@
 
 namespace fastcv {
 
-// The mean of window (oy, ox) is its sum times rows[oy] * columns[ox], the reciprocals of the lengths that count.
+// The mean of window (oy, ox) is its sum over rows[oy] * columns[ox], the lengths that count.
 template <class T>
 struct AvgPool {
   PoolGeometry geometry;
@@ -19,7 +19,8 @@ struct AvgPool {
   bool stream;
 };
 
-// From windows [N, C, OH, OW] to the map [N, C, H, W], both dense and in one memory format.
+// From windows [N, C, OH, OW] to the map [N, C, H, W], both dense and in one memory format; rows and columns have the
+// reciprocals of the lengths.
 template <class T>
 struct AvgPoolBackward {
   PoolGeometry geometry;

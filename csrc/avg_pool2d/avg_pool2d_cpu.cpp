@@ -6,27 +6,32 @@
 namespace fastcv {
 namespace {
 
-// One over how many elements count along an axis, for each window. A window may stand out of the padding, and only there less.
+// How many elements count along an axis, for each window. A window may stand out of the padding, and only there less.
 template <class A>
-std::vector<A> shares(const PoolAxis& a, bool include_padding) {
+std::vector<A> lengths(const PoolAxis& a, bool include_padding) {
   std::vector<A> all(a.output);
   for (int64_t o = 0; o < a.output; ++o) {
     const int64_t first = a.start(o), last = std::min(first + a.kernel, a.input + a.padding);
-    all[o] = A(1) / A(include_padding ? last - first : std::min(last, a.input) - std::max<int64_t>(first, 0));
+    all[o] = A(include_padding ? last - first : std::min(last, a.input) - std::max<int64_t>(first, 0));
   }
   return all;
 }
 
 template <class A>
-struct Sizes {
+struct Lengths {
   std::vector<A> rows, columns;
 
-  Sizes(const PoolGeometry& g, bool include_padding, int64_t divisor) {
+  Lengths(const PoolGeometry& g, bool include_padding, int64_t divisor) {
     if (divisor) {
-      rows.assign(g.y.output, A(1) / A(divisor)), columns.assign(g.x.output, A(1));
+      rows.assign(g.y.output, A(divisor)), columns.assign(g.x.output, A(1));
     } else {
-      rows = shares<A>(g.y, include_padding), columns = shares<A>(g.x, include_padding);
+      rows = lengths<A>(g.y, include_padding), columns = lengths<A>(g.x, include_padding);
     }
+  }
+
+  void invert() {
+    for (std::vector<A>* all : {&rows, &columns})
+      for (A& length : *all) length = 1 / length;
   }
 };
 
@@ -43,12 +48,12 @@ Tensor avg_pool2d_cpu(const Tensor& input_any, int64_t kernel_h, int64_t kernel_
   if (output.numel() == 0) return output;
   dispatch_floating(input.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
-    const Sizes<accumulate_t<T>> sizes(g, count_include_pad, divisor);
+    const Lengths<accumulate_t<T>> counts(g, count_include_pad, divisor);
     const AvgPool<T> task{g,
                           feature_map<const T>(input),
                           mutable_data<T>(output),
-                          sizes.rows.data(),
-                          sizes.columns.data(),
+                          counts.rows.data(),
+                          counts.columns.data(),
                           output.numel() * int64_t(sizeof(T)) >= kPoolStreamBytes};
     if (format == MemoryFormat::ChannelsLast)
       parallel_for(images * g.y.output, pool_grain(g.x.output * channels), [&](int64_t begin, int64_t end) {
@@ -70,8 +75,9 @@ Tensor avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, int64_t w
   PoolGeometry g = pool_geometry(FASTCV_WINDOW, height, width);
   g.y.output = grad_any.size(2), g.x.output = grad_any.size(3);
   for (const PoolAxis* a : {&g.y, &g.x})
-    STD_TORCH_CHECK(a->output == pooled_size(*a, false) || a->output == pooled_size(*a, true), "grad: expected ",
-                    pooled_size(*a, false), " or, with ceil_mode, ", pooled_size(*a, true), " windows, got ", a->output);
+    STD_TORCH_CHECK(a->output == windows_that_fit(*a, false) || a->output == windows_that_fit(*a, true), "grad: expected ",
+                    windows_that_fit(*a, false), " or, with ceil_mode, ", windows_that_fit(*a, true), " windows, got ",
+                    a->output);
   const MemoryFormat format = memory_format(grad_any);
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   const Tensor grad = dense(grad_any, format);
@@ -81,13 +87,14 @@ Tensor avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, int64_t w
   const CoveringLists above = windows_by_pixel(g.y), beside = channels_last ? windows_by_pixel(g.x) : windows_by_phase(g.x);
   dispatch_floating(grad.scalar_type(), "grad", [&](auto zero) {
     using T = decltype(zero);
-    const Sizes<accumulate_t<T>> sizes(g, count_include_pad, divisor);
+    Lengths<accumulate_t<T>> counts(g, count_include_pad, divisor);
+    counts.invert();
     const AvgPoolBackward<T> task{g,
                                   channels,
                                   data<T>(grad),
                                   mutable_data<T>(output),
-                                  sizes.rows.data(),
-                                  sizes.columns.data(),
+                                  counts.rows.data(),
+                                  counts.columns.data(),
                                   above.view(),
                                   beside.view(),
                                   output.numel() * int64_t(sizeof(T)) >= kPoolStreamBytes};

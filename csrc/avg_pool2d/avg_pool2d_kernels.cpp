@@ -1,5 +1,5 @@
-// The loops of average pooling: sums of windows over how many elements count, by products with reciprocals: a division
-// takes as long as the sum of a 3x3 window.
+// The loops of average pooling: sums of windows over how many elements count, so that the mean of equal numbers is this
+// number; gradients take products with reciprocals, as a division for each tap takes longer than all the rest.
 //
 // They are those of max pooling with an addition for each tap: a contiguous row a vector of windows at a time, channels-
 // last maps a vector of channels. The gradient of a pixel is the sum over the windows that cover it of their gradient over
@@ -27,7 +27,7 @@ void average_rows(const AvgPool<T>& t, int64_t begin, int64_t end) {
       Vec<Acc<T>> sum{};
       each_tap<S, K>(g, plane, rows, oy, ox, n, Acc<T>(0),
                      [&](int64_t, int64_t, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA { sum += value; });
-      store_part(t.output + task * g.x.output + ox, sum * (t.rows[oy] * load_n(t.columns + ox, n)), n, t.stream);
+      store_part(t.output + task * g.x.output + ox, sum / (t.rows[oy] * load_n(t.columns + ox, n)), n, t.stream);
     }
   }
   if (t.stream) stream_end();
@@ -38,13 +38,13 @@ void spread_rows(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const PoolAxis y = t.geometry.y, x = t.geometry.x;
-  const int64_t stride = S ? S : x.stride;
+  const int64_t stride = S ? S : x.stride, steps = S ? S : x.phases();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t plane = task / y.input, at = task % y.input;
     T* const row = t.output + task * x.input;
     for (int64_t o = x.padding / stride; o * stride < x.padding + x.input; o += L) {
       Vec<A> phases[S ? S : 1];
-      for (int64_t r = 0; r < stride; ++r) {
+      for (int64_t r = 0; r < steps; ++r) {
         Vec<A> sum{};
         for (int32_t a = t.above.begin[at]; a < t.above.begin[at + 1]; ++a) {
           const int64_t oy = t.above.list[a].window;
@@ -92,7 +92,7 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
       const TapRange columns = taps_inside(g.x, ox);
       const T* const window = in.data + image * in.stride_n + g.y.start(oy) * in.stride_y + g.x.start(ox) * in.stride_x;
       T* const to = t.output + (task * g.x.output + ox) * in.channels;
-      const Acc<T> share = t.rows[oy] * t.columns[ox];
+      const Acc<T> count = t.rows[oy] * t.columns[ox];
       each_channel_block<Acc<T>>(in.channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
         Vec<Acc<T>> sum[V];
@@ -102,7 +102,7 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
             const T* const tap = window + i * in.stride_y + j * in.stride_x + c;
             for (int v = 0; v < V; ++v) sum[v] += load_n(tap + v * L, n);
           }
-        for (int v = 0; v < V; ++v) store_part(to + c + v * L, sum[v] * share, n, t.stream);
+        for (int v = 0; v < V; ++v) store_part(to + c + v * L, sum[v] / count, n, t.stream);
       });
     }
   }

@@ -34,13 +34,16 @@ inline PoolGeometry pool_geometry(const Window& window, int64_t height, int64_t 
   return g;
 }
 
-// torch's rule. A last window that would start behind the map and its padding is left out.
-inline int64_t pooled_size(const PoolAxis& a, bool ceil_mode) {
+// torch's rule, or 0 where no window fits. A last window that would start behind the map and its padding is left out.
+inline int64_t windows_that_fit(const PoolAxis& a, bool ceil_mode) {
   const int64_t room = a.input + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
-  STD_TORCH_CHECK(room >= 0 || (ceil_mode && room + a.stride > 0),
-                  "kernel_size: expected a window that fits into the padded input of ", a.input, " pixels");
-  int64_t output = (room + (ceil_mode ? a.stride - 1 : 0)) / a.stride + 1;
-  if (ceil_mode && (output - 1) * a.stride >= a.input + a.padding) --output;
+  if (room < 0 && !(ceil_mode && room + a.stride > 0)) return 0;
+  const int64_t output = (room + (ceil_mode ? a.stride - 1 : 0)) / a.stride + 1;
+  return ceil_mode && (output - 1) * a.stride >= a.input + a.padding ? output - 1 : output;
+}
+inline int64_t pooled_size(const PoolAxis& a, bool ceil_mode) {
+  const int64_t output = windows_that_fit(a, ceil_mode);
+  STD_TORCH_CHECK(output > 0, "kernel_size: expected a window that fits into the padded input of ", a.input, " pixels");
   return output;
 }
 
@@ -61,26 +64,40 @@ struct CoveringLists {
   std::vector<Covering> list;
   std::vector<int32_t> begin{0};
 
-  void end_of_one() { begin.push_back(int32_t(list.size())); }
+  void end_of_one() {
+    STD_TORCH_CHECK(list.size() <= size_t(std::numeric_limits<int32_t>::max()),
+                    "kernel_size: expected fewer than 2^31 pairs of a pixel and a window that covers it along an axis");
+    begin.push_back(int32_t(list.size()));
+  }
   Coverings view() const { return {list.data(), begin.data()}; }
 };
 
 // Of each pixel of an axis, the windows that cover it, ascending.
 inline CoveringLists windows_by_pixel(const PoolAxis& a) {
   CoveringLists lists;
-  for (int64_t p = 0; p < a.input; ++p, lists.end_of_one())
-    for (int64_t o = std::min(a.output - 1, (p + a.padding) / a.stride); o >= 0 && p - a.start(o) <= (a.kernel - 1) * a.dilation; --o)
-      if ((p - a.start(o)) % a.dilation == 0)
-        lists.list.insert(lists.list.begin() + lists.begin.back(), {int32_t(o), int32_t((p - a.start(o)) / a.dilation)});
+  const int64_t span = (a.kernel - 1) * a.dilation;
+  for (int64_t p = 0; p < a.input; ++p, lists.end_of_one()) {
+    const int64_t at = p + a.padding, last = std::min(a.output - 1, at / a.stride);
+    for (int64_t o = at > span ? (at - span + a.stride - 1) / a.stride : 0; o <= last; ++o)
+      if ((at - o * a.stride) % a.dilation == 0) lists.list.push_back({int32_t(o), int32_t((at - o * a.stride) / a.dilation)});
+  }
   return lists;
 }
 
-// The same for pixels with (p + padding) % stride == r: windows (p + padding) / stride - m, ascending.
+// The same for pixels with (p + padding) % stride == r: windows (p + padding) / stride - m, ascending. Taps that no window
+// has on a pixel are left out.
 inline CoveringLists windows_by_phase(const PoolAxis& a) {
   CoveringLists lists;
-  for (int64_t r = 0; r < a.stride; ++r, lists.end_of_one())
-    for (int64_t j = a.kernel - 1; j >= 0; --j)
-      if (j * a.dilation % a.stride == r) lists.list.push_back({int32_t(j * a.dilation / a.stride), int32_t(j)});
+  const int64_t phases = a.phases(), end = a.padding + a.input;
+  const int64_t before = std::max<int64_t>(0, (a.padding / a.stride - a.output + 1) * a.stride);
+  const int64_t first = (before + a.dilation - 1) / a.dilation, last = std::min(a.kernel - 1, (end - 1) / a.dilation);
+  std::vector<int32_t> next(size_t(phases) + 1);  // counts, then where the next tap of a phase goes
+  const auto phase = [&](int64_t j) { return size_t(j * a.dilation % a.stride); };
+  for (int64_t j = first; j <= last; ++j)
+    ++next[phase(j) + 1];
+  for (int64_t r = 0; r < phases; ++r) lists.begin.push_back(next[r + 1] += next[r]);
+  lists.list.resize(next[phases]);
+  for (int64_t j = last; j >= first; --j) lists.list[next[phase(j)]++] = {int32_t(j * a.dilation / a.stride), int32_t(j)};
   return lists;
 }
 

@@ -10,6 +10,8 @@ struct PoolAxis {
   int64_t input, output, kernel, stride, padding, dilation;
 
   int64_t start(int64_t o) const { return o * stride - padding; }
+  // Values of (p + padding) % stride; all of 1 or 2 strides, for which kernels have vectors.
+  int64_t phases() const { return stride <= 2 || stride < padding + input ? stride : padding + input; }
   bool disjoint() const { return stride >= (kernel - 1) * dilation + 1; }
 };
 

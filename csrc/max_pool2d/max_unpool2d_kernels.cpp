@@ -51,7 +51,8 @@ int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
   constexpr int L = kLanes<A>;
   constexpr bool kFlat = sizeof(I) == 8;
   const PoolAxis &y = t.geometry.y, &x = t.geometry.x;
-  const int64_t stride = S ? S : x.stride, width = x.input, windows = x.output, kernel_w = x.kernel, padding = x.padding;
+  const int64_t stride = S ? S : x.stride, steps = S ? S : x.phases(), width = x.input, windows = x.output;
+  const int64_t kernel_w = x.kernel, padding = x.padding;
   const Coverings rows = t.rows, columns = t.columns;
   const Vec<P> lanes = iota<P>() * P(stride);
   const auto sum = Vec<P>{} < P(t.sum);
@@ -62,7 +63,7 @@ int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
     Vec<P> row_found{};
     for (int64_t o = padding / stride; o * stride < padding + width; o += L) {
       Vec<A> phases[S ? S : 1];
-      for (int64_t r = 0; r < stride; ++r) {
+      for (int64_t r = 0; r < steps; ++r) {
         const int64_t x0 = o * stride + r - padding;
         const Vec<P> pixel = lanes + P(x0);
         const auto inside = (pixel >= 0) & (pixel < P(width));

@@ -43,6 +43,10 @@ class MaxPool2d(nn.MaxPool2d):
             indices=self.indices,
         )  # fmt: skip
 
+    def extra_repr(self) -> str:
+        more = "" if self.indices == "int64" else f", indices={self.indices!r}"
+        return super().extra_repr() + more
+
 
 class MaxUnpool2d(nn.MaxUnpool2d):
     """:class:`torch.nn.MaxUnpool2d` on :func:`fastcv.ops.max_unpool2d`; takes compact indices too.

@@ -6,6 +6,8 @@ stand in the kernels.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -57,16 +59,26 @@ def check_groups(value: int) -> None:
         raise ValueError(f"groups: expected an int of at least 1, got {value!r}")
 
 
+def as_int(value: object) -> int | torch.SymInt | None:
+    """``value``, if it is an integer of any library, and None if it is not; truth values are none."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 _MOST = 2**31 - 1  # products of two such numbers do not overflow
 
 
-def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int = 1) -> tuple[int, int]:
-    """``value`` or ``(value, value)`` as two ints of at least ``minimum`` and less than 2^31."""
+def pair(name: str, value: int | tuple[int, ...] | list[int], minimum: int = 1) -> tuple[int, int]:
+    """``value`` as two ints of at least ``minimum`` and less than 2^31: one for both or a list of one, as in torch, or a pair."""
     if type(value) is int and minimum <= value <= _MOST:  # the usual case
         return value, value
-    both = (value, value) if isinstance(value, (int, torch.SymInt)) else value
-    ok = isinstance(both, (list, tuple)) and len(both) == 2
-    if not ok or any(isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) or v < minimum for v in both):
+    given = value if isinstance(value, (list, tuple)) else (value,)
+    both = [as_int(v) for v in (given if len(given) == 2 else (*given, *given))]
+    if len(both) != 2 or any(v is None or v < minimum for v in both):
         raise ValueError(f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}")
     if any(type(v) is int and v > _MOST for v in both):  # a symbol would be bound by the test
         raise ValueError(f"{name}: expected an int or a pair of ints of at most {_MOST}, got {value!r}")

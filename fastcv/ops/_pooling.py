@@ -22,19 +22,31 @@ def window(
 
     Padding may be half of what the window spans, or with ``reach=False`` half of the kernel.
     """
-    if torch.compiler.is_compiling():  # which looks through a cache, and warns of it
+    # torch.compile looks through a cache, and warns of it.
+    if torch.compiler.is_compiling() or not _are_plain(kernel_size, stride, padding, dilation):
         return _window.__wrapped__(kernel_size, stride, padding, dilation, reach)
-    try:
-        return _window(kernel_size, stride, padding, dilation, reach)
-    except TypeError:  # lists and symbolic sizes have no hash
-        return _window.__wrapped__(kernel_size, stride, padding, dilation, reach)
+    return _window(kernel_size, stride, padding, dilation, reach)
 
 
-@functools.lru_cache(maxsize=1024, typed=True)
+def _is_plain(size) -> bool:
+    """An int or two in a tuple, whose hash says all: those of 2.0, True and (2.0, 2) are those of ints."""
+    kind = type(size)
+    return kind is int or (kind is tuple and len(size) == 2 and type(size[0]) is int and type(size[1]) is int)
+
+
+def _are_plain(kernel_size, stride, padding, dilation) -> bool:
+    if type(kernel_size) is int and type(padding) is int and type(dilation) is int:  # the usual case
+        return stride is None or _is_plain(stride)
+    return (
+        _is_plain(kernel_size) and _is_plain(padding) and _is_plain(dilation) and (stride is None or _is_plain(stride))
+    )
+
+
+@functools.lru_cache(maxsize=1024)
 def _window(kernel_size, stride, padding, dilation, reach) -> list[int]:
     kernel = pair("kernel_size", kernel_size)
     # An empty list is what torch's schemas have for "as the kernel".
-    strides = kernel if stride is None or stride == [] else pair("stride", stride)
+    strides = kernel if stride is None or (isinstance(stride, (list, tuple)) and not stride) else pair("stride", stride)
     pads, dilations = pair("padding", padding, minimum=0), pair("dilation", dilation)
     spans = [(k - 1) * d + 1 if reach else k for k, d in zip(kernel, dilations, strict=True)]
     if any(p > span // 2 for p, span in zip(pads, spans, strict=True)):
@@ -98,9 +110,11 @@ def torch_is_faster(which: str, input: Tensor, kernel_size: Size = 1, stride=Non
     pixels = input.numel()
     if pixels >= _MOST_BELOW:
         return False
+    if not _are_plain(kernel_size, stride, padding, dilation):
+        return False
     try:
         below, height, width = _torch_below(which, kernel_size, stride, padding, dilation)
-    except (TypeError, ValueError):  # no hash, or an error that the caller is to find
+    except ValueError:  # which the caller is to find
         return False
     gradient = 2 if input.requires_grad and torch.is_grad_enabled() else 0
     return (
@@ -113,7 +127,7 @@ def torch_is_faster(which: str, input: Tensor, kernel_size: Size = 1, stride=Non
     )
 
 
-@functools.lru_cache(maxsize=1024, typed=True)
+@functools.lru_cache(maxsize=1024)
 def _torch_below(which, kernel_size, stride, padding, dilation) -> tuple[list[float], int, int]:
     """Pixels below which torch is faster, and the least height and width that surely fit."""
     w = _window(kernel_size, stride, padding, dilation, which == "max")
@@ -155,17 +169,18 @@ def fold_images(op):
     """A vmap rule: the mapped dimension joins the images of all tensors."""
 
     def rule(info, in_dims, *args):
-        folded = []
+        folded, images = [], 0  # of a sample
         for arg, dim in zip(args, in_dims, strict=True):
             if isinstance(arg, Tensor):
                 arg = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
+                images = arg.shape[1]
                 arg = arg.flatten(0, 1)
             folded.append(arg)
         results = op(*folded)
         many = isinstance(results, tuple)
         # An output that there is none of has no images.
         unfolded = tuple(
-            r.unflatten(0, (info.batch_size, -1)) if r.dim() == 4 else r.expand(info.batch_size, *r.shape)
+            r.unflatten(0, (info.batch_size, images)) if r.dim() == 4 else r.expand(info.batch_size, *r.shape)
             for r in (results if many else (results,))
         )
         return (unfolded, (0,) * len(unfolded)) if many else (unfolded[0], 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import register_autograd
-from ._checks import check_one_of
+from ._checks import as_int, check_one_of
 from ._pooling import call, check_map, fold_images, in_format, in_onnx_export, is_channels_last, like, torch_is_faster
 from .max_pool2d import _max_unpool2d, _max_unpool2d_backward
 
@@ -34,6 +34,8 @@ define(
 _avg = torch.ops.fastcv.adaptive_avg_pool2d.default
 _avg_backward = torch.ops.fastcv.adaptive_avg_pool2d_backward.default
 _max = torch.ops.fastcv.adaptive_max_pool2d.default
+# Bound here, so that a program may put ours in their place.
+_torch_avg, _torch_max = torch._C._nn.adaptive_avg_pool2d, torch._C._nn.adaptive_max_pool2d
 
 OutputSize = int | None | tuple[int | None, int | None]
 _ANYWHERE = [1, 1, 1, 1, 0, 0, 1, 1]  # windows of one pixel: indices point where they like
@@ -47,9 +49,10 @@ def _bins(input: Tensor, output_size: OutputSize) -> tuple[int, int]:
     if type(output_size) is int and output_size >= 0:
         return output_size, output_size
     both = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
-    if len(both) != 2 or any(b is not None and (not isinstance(b, (int, torch.SymInt)) or b < 0) for b in both):
+    bins = [size if b is None else as_int(b) for b, size in zip(both, (height, width), strict=False)]
+    if len(both) != 2 or any(b is None or b < 0 for b in bins):
         raise ValueError(f"output_size: expected an int or a pair of ints or None, 0 or more, got {output_size!r}")
-    return height if both[0] is None else both[0], width if both[1] is None else both[1]
+    return tuple(bins)
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: OutputSize) -> Tensor:
@@ -74,7 +77,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: OutputSize) -> Tensor:
         tensor([2., 3., 5., 6.])
     """
     if type(output_size) is int and output_size > 1 and torch_is_faster("adaptive", input):  # 1 is as fast here
-        return torch._C._nn.adaptive_avg_pool2d(input, output_size)
+        return _torch_avg(input, output_size)
     size = _bins(input, output_size)
     if torch.compiler.is_compiling() and in_onnx_export():
         return F.adaptive_avg_pool2d(input, size)
@@ -106,7 +109,7 @@ def adaptive_max_pool2d(
         tensor([4., 5., 7., 8.])
     """
     if type(output_size) is int and output_size > 0 and torch_is_faster("adaptive", input):
-        result = torch._C._nn.adaptive_max_pool2d(input, output_size)
+        result = _torch_max(input, output_size)
         return result if return_indices else result[0]
     size = _bins(input, output_size)
     if torch.compiler.is_compiling() and in_onnx_export():

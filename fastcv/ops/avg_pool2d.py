@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import reference
 from .._library import LIBRARY, define
 from ._autograd import register_autograd
+from ._checks import as_int
 from ._pooling import (
     Size,
     call,
@@ -36,6 +37,7 @@ define(
 )
 _avg_pool2d = torch.ops.fastcv.avg_pool2d.default
 _avg_pool2d_backward = torch.ops.fastcv.avg_pool2d_backward.default
+_torch_avg_pool2d = torch._C._nn.avg_pool2d  # bound here, so that a program may put ours in its place
 
 
 def avg_pool2d(
@@ -72,16 +74,17 @@ def avg_pool2d(
     """
     if divisor_override is None and torch_is_faster("avg", input, kernel_size, stride, padding):
         stride = kernel_size if stride is None else stride
-        return torch._C._nn.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        return _torch_avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
     check_map(input)
     w = window(kernel_size, stride, padding, reach=False)
     check_fits(input, w, ceil_mode)
     w = w[:6]
-    if divisor_override is not None and (type(divisor_override) is not int or divisor_override == 0):
+    divisor = 0 if divisor_override is None else as_int(divisor_override)
+    if divisor is None or (divisor == 0 and divisor_override is not None):
         raise ValueError(f"divisor_override: expected an int other than 0, got {divisor_override!r}")
     if torch.compiler.is_compiling() and in_onnx_export():
-        return F.avg_pool2d(input, w[:2], w[2:4], w[4:], ceil_mode, count_include_pad, divisor_override)
-    rest = (*w, ceil_mode, count_include_pad, divisor_override or 0)
+        return F.avg_pool2d(input, w[:2], w[2:4], w[4:], ceil_mode, count_include_pad, divisor or None)
+    rest = (*w, ceil_mode, count_include_pad, divisor)
     return call(_avg_pool2d, input, *rest) if input.dim() == 4 else call(_avg_pool2d, input[None], *rest)[0]
 
 

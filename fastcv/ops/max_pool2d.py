@@ -54,6 +54,9 @@ _max_pool2d = torch.ops.fastcv.max_pool2d.default
 _max_unpool2d = torch.ops.fastcv.max_unpool2d.default
 _max_unpool2d_backward = torch.ops.fastcv.max_unpool2d_backward.default
 
+# Bound here, so that a program may put ours in their place.
+_torch_values, _torch_with_indices = torch.max_pool2d, torch._C._nn.max_pool2d_with_indices
+
 _MOST_COMPACT = 255
 
 
@@ -125,7 +128,7 @@ def max_pool2d(
                 [3., 0., 0., 4.]])
     """
     if indices == "int64" and torch_is_faster("max", input, kernel_size, stride, padding, dilation):
-        pool = torch._C._nn.max_pool2d_with_indices if return_indices else torch.max_pool2d
+        pool = _torch_with_indices if return_indices else _torch_values
         return pool(input, kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode)
     check_map(input)
     w = window(kernel_size, stride, padding, dilation)

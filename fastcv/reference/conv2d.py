@@ -22,13 +22,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def cast(input: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
-    """``weights``, under autocast in the type of ``input``, which a layer before may have computed in a smaller one."""
-    if not torch.is_autocast_enabled(input.device.type):
-        return list(weights)
-    return [None if w is None else w.to(input.dtype) for w in weights]
-
-
 def epilogue(result: Tensor, residual: Tensor | None, activation: str, slope: float, input: Tensor) -> Tensor:
     """``activation(result + residual)``, in the memory format of ``input``."""
     if residual is not None:
@@ -55,7 +48,6 @@ def conv2d(
     slope: float,
     kernel: str,
 ) -> Tensor:
-    weight, bias = cast(input, weight, bias)
     with torch.autocast(input.device.type, enabled=False):
         result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         return epilogue(result, residual, activation, slope, input)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv2d import cast, epilogue
+from .conv2d import epilogue
 
 
 def conv_transpose2d(
@@ -24,7 +24,6 @@ def conv_transpose2d(
     slope: float,
     kernel: str,
 ) -> Tensor:
-    weight, bias = cast(input, weight, bias)
     with torch.autocast(input.device.type, enabled=False):
         result = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
         return epilogue(result, residual, activation, slope, input)

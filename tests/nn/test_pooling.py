@@ -24,6 +24,11 @@ def test_like_torch(name, arguments, options):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_repr_names_compact_indices():
+    layer = fastcv.nn.MaxPool2d(2, return_indices=True, indices="compact")
+    assert repr(layer) == repr(nn.MaxPool2d(2))[:-1] + ", indices='compact')"
+
+
 def test_unpooling():
     x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
     values, indices = nn.MaxPool2d(2, return_indices=True)(x)

@@ -1,8 +1,11 @@
 """Adaptive and spatial pyramid pooling: by hand, against torch and the reference, derivatives, machinery, errors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_python
 from torch.library import opcheck
 
 from fastcv import reference
@@ -122,6 +125,56 @@ def test_compile_and_vmap():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
     stacked = torch.stack([x, x + 1])
     assert torch.equal(torch.func.vmap(f)(stacked), torch.stack([f(s) for s in stacked]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_maps_of_more_rows_than_scratch_holds(dtype):
+    """Bins higher than what is held at once, fewer, as many and more bins than rows, and rows that lie apart."""
+    for shape in ((1, 19, 40, 20), (2, 3, 37, 301), (1, 2, 21, 1100), (1, 33, 17, 13)):
+        x = normal(shape, dtype)
+        for view in (x, x[..., 1::2], x[:, :, ::2]):
+            for size in ((1, 2), (2, 3), (7, 70), 36, (45, 5)):
+                values, indices = adaptive_max_pool2d(view, size, return_indices=True)
+                expected, positions = F.adaptive_max_pool2d(view, size, return_indices=True)
+                assert torch.equal(values, expected) and torch.equal(indices, positions)
+                oracle = F.adaptive_avg_pool2d(view.double(), size)
+                tolerance = 16 * torch.finfo(dtype).eps
+                torch.testing.assert_close(
+                    adaptive_avg_pool2d(view, size).double(), oracle, rtol=tolerance, atol=tolerance
+                )
+
+
+def test_same_for_any_number_of_threads():
+    x, threads, results = normal((1, 20, 90, 200)), torch.get_num_threads(), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append((adaptive_avg_pool2d(x, 7), *adaptive_max_pool2d(x, (31, 5), return_indices=True)))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_mean_of_equal_numbers_is_this_number(memory_format):
+    for size in (3, 5, 6, 7, 11, 13, 49):
+        x = torch.ones(1, 20, size, size).contiguous(memory_format=memory_format)
+        assert (adaptive_avg_pool2d(x, 1) == 1).all() and (adaptive_avg_pool2d(x, 2) == 1).all()
+
+
+def test_scratch_is_a_few_rows():
+    """Not a copy of the map with a vector of channels for the one it has."""
+    script = """
+import re, torch, fastcv
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+x = torch.randn(1, 1, 3000, 3000)
+fastcv.ops.adaptive_avg_pool2d(x[..., :50, :50], 7)
+before = peak()
+fastcv.ops.adaptive_avg_pool2d(x, 7)
+fastcv.ops.adaptive_max_pool2d(x, 7)
+print(peak() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    assert int(run_python(["-c", script]).stdout) < 40_000
 
 
 def test_pyramid_of_any_size_has_one_length():

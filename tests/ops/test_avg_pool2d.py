@@ -95,6 +95,40 @@ def test_derivatives(case, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_mean_of_equal_numbers_is_this_number(dtype, memory_format):
+    for k in (3, 5, 6, 7, 13, (7, 11)):
+        x = torch.ones(1, 20, 15, 16, dtype=dtype).contiguous(memory_format=memory_format)
+        assert (avg_pool2d(x, k, 1) == 1).all()
+        assert (avg_pool2d(x, k, 2, 1, count_include_pad=False) == 1).all()
+
+
+def test_gradient_of_a_window_that_only_ceil_mode_fits():
+    a, b = (torch.ones(1, 1, 3, 3, requires_grad=True) for _ in "ab")
+    for pool, x in ((avg_pool2d, a), (F.avg_pool2d, b)):
+        pool(x, 4, 2, ceil_mode=True).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(a.grad, torch.full_like(a, 1 / 9))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_gradients_of_long_windows_and_strides(memory_format):
+    """In time and memory that grow with the map and the kernel, not with their product or the stride."""
+    most = 2**31 - 1
+    for shape, arguments in (
+        ((1, 1, 1, 32768), ((1, 32768),)),
+        ((1, 2, 1, 4000), ((1, 2001), (1, 999), (0, 500))),
+        ((1, 2, 9, 8), (3, most, 1)),
+        ((1, 2, 9, 8), (2, (most, 1))),
+        ((1, 2, 9, 8), (2, (1, most))),
+    ):
+        a, b = (normal(shape, torch.float64, memory_format).requires_grad_() for _ in "ab")
+        for pool, x in ((avg_pool2d, a), (F.avg_pool2d, b)):
+            pool(x, *arguments).square().sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_opcheck(memory_format):
     x = normal((2, 3, 7, 8), torch.float64, memory_format).requires_grad_()
     w = [3, 2, 2, 1, 1, 0]
@@ -123,6 +157,8 @@ def test_errors():
         avg_pool2d(x, 9)
     with pytest.raises(RuntimeError, match="grad: expected 4"):
         torch.ops.fastcv.avg_pool2d_backward(x, 8, 8, 2, 2, 2, 2, 0, 0, True, 0)
+    with pytest.raises(RuntimeError, match="grad: expected 0 or, with ceil_mode, 1 windows, got 8"):
+        torch.ops.fastcv.avg_pool2d_backward(x, 3, 3, 4, 4, 2, 2, 0, 0, True, 0)
 
 
 def test_layer_has_torchs_arguments():

@@ -99,6 +99,21 @@ def test_wide_windows_and_strides():
         assert torch.equal(a.grad, b.grad)
 
 
+def test_gradients_of_long_windows_and_strides():
+    """In time and memory that grow with the map and the kernel, not with their product or the stride."""
+    most = 2**31 - 1
+    for shape, arguments in (
+        ((1, 1, 1, 32768), ((1, 32768),)),
+        ((1, 2, 1, 4000), ((1, 401), (1, 999), (0, 200), (1, 3))),
+        ((1, 2, 9, 8), (3, most, 1)),
+        ((1, 2, 9, 8), (2, (1, most))),
+    ):
+        a, b = (sample(shape).requires_grad_() for _ in "ab")
+        for pool, x in ((max_pool2d, a), (F.max_pool2d, b)):
+            pool(x, *arguments).square().sum().backward()
+        assert torch.equal(a.grad, b.grad)
+
+
 def test_strided_and_unbatched():
     x = sample((2, 6, 20, 22))
     for view in (x[:, ::2], x[:, :, ::2], x[..., 1::2], x.transpose(2, 3), x[:1].expand(3, -1, -1, -1), x[0]):
