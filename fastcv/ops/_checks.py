@@ -73,7 +73,7 @@ _MOST = 2**31 - 1  # products of two such numbers do not overflow
 
 
 def pair(name: str, value: int | tuple[int, ...] | list[int], minimum: int = 1) -> tuple[int, int]:
-    """``value`` as two ints of at least ``minimum`` and less than 2^31: one for both or a list of one, as in torch, or a pair."""
+    """``value`` as two ints of at least ``minimum``, less than 2^31: one, alone or in a list as in torch, or a pair."""
     if type(value) is int and minimum <= value <= _MOST:  # the usual case
         return value, value
     given = value if isinstance(value, (list, tuple)) else (value,)
