@@ -54,6 +54,11 @@ def check_threshold(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
+def check_groups(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
+        raise ValueError(f"groups: expected an int of at least 1, got {value!r}")
+
+
 def as_int(value: object) -> int | torch.SymInt | None:
     """``value``, if it is an integer of any library, and None if it is not; truth values are none."""
     if type(value) is int or isinstance(value, torch.SymInt):
@@ -64,14 +69,19 @@ def as_int(value: object) -> int | torch.SymInt | None:
         return None
 
 
+_MOST = 2**31 - 1  # products of two such numbers do not overflow
+
+
 def pair(name: str, value: int | tuple[int, ...] | list[int], minimum: int = 1) -> tuple[int, int]:
-    """``value`` as two ints of at least ``minimum``: one for both or a list of one, as in torch, or a pair."""
-    if type(value) is int and value >= minimum:  # the usual case
+    """``value`` as two ints of at least ``minimum``, less than 2^31: one, alone or in a list as in torch, or a pair."""
+    if type(value) is int and minimum <= value <= _MOST:  # the usual case
         return value, value
     given = value if isinstance(value, (list, tuple)) else (value,)
     both = [as_int(v) for v in (given if len(given) == 2 else (*given, *given))]
     if len(both) != 2 or any(v is None or v < minimum for v in both):
         raise ValueError(f"{name}: expected an int or a pair of ints of at least {minimum}, got {value!r}")
+    if any(type(v) is int and v > _MOST for v in both):  # a symbol would be bound by the test
+        raise ValueError(f"{name}: expected an int or a pair of ints of at most {_MOST}, got {value!r}")
     return tuple(both)
 
 
