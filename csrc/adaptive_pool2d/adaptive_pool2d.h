@@ -51,15 +51,17 @@ constexpr int64_t kAdaptiveChannels = 256;
 
 FASTCV_EACH_ISA(
     // All bins of channels begin <= c < end of one image of a channels-last map.
-    template <class T> void adaptive_pool2d_channels_last(const AdaptivePool<T>& task, int64_t image, int64_t begin, int64_t end);
+    template <class T>
+    void adaptive_pool2d_channels_last(const AdaptivePool<T>& task, int64_t image, int64_t begin, int64_t end);
     // Rows begin <= oy < end of bins of up to a vector of channels from `channel` on of a contiguous map.
     template <class T> void adaptive_pool2d_packed(const AdaptivePool<T>& task, int64_t image, int64_t channel,
                                                    int64_t begin, int64_t end, accumulate_t<T>* scratch);
     // Means of whole planes begin <= n * C + c < end of a contiguous map with dense planes.
     template <class T> void global_avg_pool2d(const AdaptivePool<T>& task, int64_t begin, int64_t end);
-    // Write the gradient: rows begin <= image * H + y < end of a channels-last map; planes begin <= n * C + c < end of a
-    // contiguous one, with scratch of bins of a column times W.
-    template <class T> void adaptive_avg_pool2d_backward_channels_last(const AdaptiveAvgBackward<T>& task, int64_t begin, int64_t end);
+    // Write the gradient: rows begin <= image * H + y < end of a channels-last map; planes begin <= n * C + c < end of
+    // a contiguous one, with scratch of bins of a column times W.
+    template <class T>
+    void adaptive_avg_pool2d_backward_channels_last(const AdaptiveAvgBackward<T>& task, int64_t begin, int64_t end);
     template <class T> void adaptive_avg_pool2d_backward_contiguous(const AdaptiveAvgBackward<T>& task, int64_t begin,
                                                                     int64_t end, accumulate_t<T>* scratch);
     template <class T> int adaptive_pool2d_block_channels();)

@@ -8,7 +8,8 @@ namespace {
 
 void check_size(int64_t size, int64_t bins) {
   STD_TORCH_CHECK(size > 0 && bins >= 0 && (bins == 0 || size < (int64_t(1) << 31) / bins),
-                  "output_size: expected fewer than 2^31 / ", size, " bins on an axis of ", size, " pixels, got ", bins);
+                  "output_size: expected fewer than 2^31 / ", size, " bins on an axis of ", size, " pixels, got ",
+                  bins);
 }
 
 template <class T>
@@ -17,12 +18,14 @@ void run(const AdaptivePool<T>& task, bool channels_last) {
   const int64_t pixels = in.height * in.width, bins = task.y.bins * task.x.bins;
   if (channels_last) {
     const int64_t pieces = (in.channels + kAdaptiveChannels - 1) / kAdaptiveChannels;
-    parallel_for(in.images * pieces, pool_grain(pixels * std::min(in.channels, kAdaptiveChannels)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % pieces * kAdaptiveChannels;
-        FASTCV_PICK(adaptive_pool2d_channels_last<T>)(task, i / pieces, first, std::min(in.channels, first + kAdaptiveChannels));
-      }
-    });
+    parallel_for(in.images * pieces, pool_grain(pixels * std::min(in.channels, kAdaptiveChannels)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t first = i % pieces * kAdaptiveChannels;
+                     FASTCV_PICK(adaptive_pool2d_channels_last<T>)(task, i / pieces, first,
+                                                                   std::min(in.channels, first + kAdaptiveChannels));
+                   }
+                 });
   } else if (bins == 1 && !task.indices && in.stride_y == in.width) {
     parallel_for(in.images * in.channels, pool_grain(pixels), [&](int64_t begin, int64_t end) {
       FASTCV_PICK(global_avg_pool2d<T>)(task, begin, end);
@@ -34,7 +37,8 @@ void run(const AdaptivePool<T>& task, bool channels_last) {
       const auto scratch = allocate_scratch<accumulate_t<T>>(size_t(task.scratch_vectors() * lanes));
       while (begin < end) {
         const int64_t block = begin / rows, first = begin % rows, last = std::min(rows, first + end - begin);
-        FASTCV_PICK(adaptive_pool2d_packed<T>)(task, block / blocks, block % blocks * lanes, first, last, scratch.get());
+        FASTCV_PICK(adaptive_pool2d_packed<T>)(task, block / blocks, block % blocks * lanes, first, last,
+                                               scratch.get());
         begin += last - first;
       }
     });
@@ -56,8 +60,13 @@ std::tuple<Tensor, Tensor> pool(const Tensor& input_any, int64_t height, int64_t
   const int64_t channels = input.size(1), bins = height * width;
   dispatch_floating(input.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
-    run(AdaptivePool<T>{{input.size(2), height}, {input.size(3), width}, feature_map<const T>(input), mutable_data<T>(output),
-                        maximum ? mutable_data<int64_t>(indices) : nullptr, channels * bins, channels_last ? 1 : bins,
+    run(AdaptivePool<T>{{input.size(2), height},
+                        {input.size(3), width},
+                        feature_map<const T>(input),
+                        mutable_data<T>(output),
+                        maximum ? mutable_data<int64_t>(indices) : nullptr,
+                        channels * bins,
+                        channels_last ? 1 : bins,
                         channels_last ? channels : 1},
         channels_last);
   });
@@ -73,7 +82,8 @@ std::tuple<Tensor, Tensor> adaptive_max_pool2d_cpu(const Tensor& input, int64_t 
 
 Tensor adaptive_avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, int64_t width) {
   STD_TORCH_CHECK(grad_any.dim() == 4, "grad: expected shape [N, C, OH, OW]");
-  const int64_t rows = grad_any.size(2), columns = grad_any.size(3), channels = grad_any.size(1), images = grad_any.size(0);
+  const int64_t rows = grad_any.size(2), columns = grad_any.size(3), channels = grad_any.size(1),
+                images = grad_any.size(0);
   check_size(height, rows), check_size(width, columns);
   const MemoryFormat format = memory_format(grad_any);
   const Tensor grad = dense(grad_any, format);
@@ -83,8 +93,9 @@ Tensor adaptive_avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, 
   dispatch_floating(grad.scalar_type(), "grad", [&](auto zero) {
     using T = decltype(zero);
     const int64_t bins = rows * columns;
-    const AdaptiveAvgBackward<T> task{{height, rows}, {width, columns}, feature_map<T>(output), data<T>(grad), channels * bins,
-                                      channels_last ? 1 : bins, channels_last ? channels : 1};
+    const AdaptiveAvgBackward<T> task{
+        {height, rows},  {width, columns},         feature_map<T>(output),      data<T>(grad),
+        channels * bins, channels_last ? 1 : bins, channels_last ? channels : 1};
     if (channels_last)
       parallel_for(images * height, pool_grain(width * channels), [&](int64_t begin, int64_t end) {
         FASTCV_PICK(adaptive_avg_pool2d_backward_channels_last<T>)(task, begin, end);

@@ -25,7 +25,8 @@ FASTCV_INLINE void each_bin(const AdaptiveAxis& y, const AdaptiveAxis& x, const 
 }
 
 template <int V, class S>
-FASTCV_INLINE void mean_of(const S* map, int64_t stride_y, int64_t stride_x, const Bin& b, int n, Vec<Acc<S>> (&mean)[V]) {
+FASTCV_INLINE void mean_of(const S* map, int64_t stride_y, int64_t stride_x, const Bin& b, int n,
+                           Vec<Acc<S>> (&mean)[V]) {
   constexpr int L = kLanes<Acc<S>>;
   Vec<Acc<S>> sum[V];
   for (int v = 0; v < V; ++v) sum[v] = Vec<Acc<S>>{};
@@ -111,7 +112,8 @@ FASTCV_INLINE void maximum_of_rows(const RowsHeld<T>& rows, const Bin& b, int64_
 }
 
 template <class T>
-FASTCV_INLINE void unpack_indices(const Acc<T>* block, int64_t n, int channels, int64_t* to, int64_t stride_c, int64_t stride) {
+FASTCV_INLINE void unpack_indices(const Acc<T>* block, int64_t n, int channels, int64_t* to, int64_t stride_c,
+                                  int64_t stride) {
   for (int64_t i = 0; i < n; ++i) {
     const Vec<Position<T>> index = (Vec<Position<T>>)load(block + i * kLanes<Acc<T>>);
     for (int c = 0; c < channels; ++c) to[c * stride_c + i * stride] = index[c];
@@ -152,8 +154,14 @@ void adaptive_pool2d_packed(const AdaptivePool<T>& t, int64_t image, int64_t cha
   const FeatureMap<const T> in = t.input;
   const int channels = int(least(L, in.channels - channel));
   const int64_t bins = t.x.bins, to = image * t.stride_n + channel * t.stride_c, held = t.bin_rows_held();
-  RowsHeld<T> rows{in.data + image * in.stride_n + channel * in.stride_c, in.stride_c, in.stride_y, in.stride_x, in.width,
-                   channels, t.rows_held(), scratch};
+  RowsHeld<T> rows{in.data + image * in.stride_n + channel * in.stride_c,
+                   in.stride_c,
+                   in.stride_y,
+                   in.stride_x,
+                   in.width,
+                   channels,
+                   t.rows_held(),
+                   scratch};
   A* const values = scratch + rows.count * in.width * L;  // [held][bins][L]
   A* const indices = values + held * bins * L;            // [bins][L], of this row of bins
   for (int64_t first = begin, oy = begin; oy < end; ++oy) {
@@ -173,7 +181,8 @@ void adaptive_pool2d_packed(const AdaptivePool<T>& t, int64_t image, int64_t cha
     if (t.indices)
       unpack_indices<T>(indices, bins, channels, t.indices + at, t.stride_c, t.stride_bin);
     if (oy + 1 == end || oy + 1 == first + held) {
-      unpack(values, (oy + 1 - first) * bins, channels, t.output + to + first * bins * t.stride_bin, t.stride_c, t.stride_bin);
+      unpack(values, (oy + 1 - first) * bins, channels, t.output + to + first * bins * t.stride_bin, t.stride_c,
+             t.stride_bin);
       first = oy + 1;
     }
   }
@@ -235,7 +244,8 @@ void adaptive_avg_pool2d_backward_channels_last(const AdaptiveAvgBackward<T>& t,
 }
 
 template <class T>
-void adaptive_avg_pool2d_backward_contiguous(const AdaptiveAvgBackward<T>& t, int64_t begin, int64_t end, Acc<T>* scratch) {
+void adaptive_avg_pool2d_backward_contiguous(const AdaptiveAvgBackward<T>& t, int64_t begin, int64_t end,
+                                             Acc<T>* scratch) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const FeatureMap<T> out = t.output;
@@ -269,12 +279,12 @@ int adaptive_pool2d_block_channels() {
   return kLanes<Acc<T>>;
 }
 
-#define FASTCV_INSTANTIATE(T)                                                                                           \
-  template void adaptive_pool2d_channels_last<T>(const AdaptivePool<T>&, int64_t, int64_t, int64_t);                    \
-  template void adaptive_pool2d_packed<T>(const AdaptivePool<T>&, int64_t, int64_t, int64_t, int64_t, Acc<T>*);         \
-  template void global_avg_pool2d<T>(const AdaptivePool<T>&, int64_t, int64_t);                                         \
-  template void adaptive_avg_pool2d_backward_channels_last<T>(const AdaptiveAvgBackward<T>&, int64_t, int64_t);         \
-  template void adaptive_avg_pool2d_backward_contiguous<T>(const AdaptiveAvgBackward<T>&, int64_t, int64_t, Acc<T>*);   \
+#define FASTCV_INSTANTIATE(T)                                                                                         \
+  template void adaptive_pool2d_channels_last<T>(const AdaptivePool<T>&, int64_t, int64_t, int64_t);                  \
+  template void adaptive_pool2d_packed<T>(const AdaptivePool<T>&, int64_t, int64_t, int64_t, int64_t, Acc<T>*);       \
+  template void global_avg_pool2d<T>(const AdaptivePool<T>&, int64_t, int64_t);                                       \
+  template void adaptive_avg_pool2d_backward_channels_last<T>(const AdaptiveAvgBackward<T>&, int64_t, int64_t);       \
+  template void adaptive_avg_pool2d_backward_contiguous<T>(const AdaptiveAvgBackward<T>&, int64_t, int64_t, Acc<T>*); \
   template int adaptive_pool2d_block_channels<T>();
 FASTCV_INSTANTIATE(float)
 FASTCV_INSTANTIATE(double)

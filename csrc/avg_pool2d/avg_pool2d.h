@@ -42,4 +42,5 @@ FASTCV_EACH_ISA(
     template <class T> void avg_pool2d_channels_last(const AvgPool<T>& task, int64_t begin, int64_t end);
     // Rows of the map.
     template <class T> void avg_pool2d_backward_contiguous(const AvgPoolBackward<T>& task, int64_t begin, int64_t end);
-    template <class T> void avg_pool2d_backward_channels_last(const AvgPoolBackward<T>& task, int64_t begin, int64_t end);)
+    template <class T>
+    void avg_pool2d_backward_channels_last(const AvgPoolBackward<T>& task, int64_t begin, int64_t end);)

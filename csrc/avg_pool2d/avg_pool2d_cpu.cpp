@@ -75,16 +75,17 @@ Tensor avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, int64_t w
   PoolGeometry g = pool_geometry(FASTCV_WINDOW, height, width);
   g.y.output = grad_any.size(2), g.x.output = grad_any.size(3);
   for (const PoolAxis* a : {&g.y, &g.x})
-    STD_TORCH_CHECK(a->output == windows_that_fit(*a, false) || a->output == windows_that_fit(*a, true), "grad: expected ",
-                    windows_that_fit(*a, false), " or, with ceil_mode, ", windows_that_fit(*a, true), " windows, got ",
-                    a->output);
+    STD_TORCH_CHECK(a->output == windows_that_fit(*a, false) || a->output == windows_that_fit(*a, true),
+                    "grad: expected ", windows_that_fit(*a, false), " or, with ceil_mode, ", windows_that_fit(*a, true),
+                    " windows, got ", a->output);
   const MemoryFormat format = memory_format(grad_any);
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   const Tensor grad = dense(grad_any, format);
   const int64_t images = grad.size(0), channels = grad.size(1);
   Tensor output = empty_cpu({images, channels, height, width}, grad.scalar_type(), format);
   if (output.numel() == 0) return output;
-  const CoveringLists above = windows_by_pixel(g.y), beside = channels_last ? windows_by_pixel(g.x) : windows_by_phase(g.x);
+  const CoveringLists above = windows_by_pixel(g.y),
+                      beside = channels_last ? windows_by_pixel(g.x) : windows_by_phase(g.x);
   dispatch_floating(grad.scalar_type(), "grad", [&](auto zero) {
     using T = decltype(zero);
     Lengths<accumulate_t<T>> counts(g, count_include_pad, divisor);

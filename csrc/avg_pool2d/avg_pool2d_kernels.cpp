@@ -1,12 +1,12 @@
 // The loops of average pooling: sums of windows over how many elements count, so that the mean of equal numbers is this
 // number; gradients take products with reciprocals, as a division for each tap takes longer than all the rest.
 //
-// They are those of max pooling with an addition for each tap: a contiguous row a vector of windows at a time, channels-
-// last maps a vector of channels. The gradient of a pixel is the sum over the windows that cover it of their gradient over
-// their size, in reading order, and each pixel is written once.
+// They are those of max pooling with an addition for each tap: a contiguous row a vector of windows at a time,
+// channels-last maps a vector of channels. The gradient of a pixel is the sum over the windows that cover it of their
+// gradient over their size, in reading order, and each pixel is written once.
 //
-// Bytes bound it for windows that do not overlap: 2x2 over 64 x 256 x 56 x 56 in float32 (a transition of DenseNet) reads
-// 205 MB and writes 51 MB. 3x3 with stride 1 adds 9 times per output from the first-level cache.
+// Bytes bound it for windows that do not overlap: 2x2 over 64 x 256 x 56 x 56 in float32 (a transition of DenseNet)
+// reads 205 MB and writes 51 MB. 3x3 with stride 1 adds 9 times per output from the first-level cache.
 #include "avg_pool2d.h"
 
 #include "../common/pool_taps.h"

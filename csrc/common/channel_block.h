@@ -1,8 +1,8 @@
 // Blocks of channels of a feature map in the layout that kernels like: [pixels][kLanes].
 //
 // A kernel that works on all channels of a pixel at once reads a channels-last map in place. Of a contiguous map it
-// takes one block of kLanes channels at a time: pack() brings the block into scratch that stays in cache, unpack() brings
-// results back. Both transpose squares of kLanes x kLanes in registers.
+// takes one block of kLanes channels at a time: pack() brings the block into scratch that stays in cache, unpack()
+// brings results back. Both transpose squares of kLanes x kLanes in registers.
 #pragma once
 
 #include "feature_map.h"
@@ -98,7 +98,8 @@ void pack_image(const FeatureMap<const T>& map, int64_t image, int64_t channel, 
          map.width, channels, block + y * map.width * kLanes<accumulate_t<T>>);
 }
 template <class T>
-void unpack_image(const accumulate_t<T>* block, const FeatureMap<T>& map, int64_t image, int64_t channel, int channels) {
+void unpack_image(const accumulate_t<T>* block, const FeatureMap<T>& map, int64_t image, int64_t channel,
+                  int channels) {
   for (int64_t y = 0; y < map.height; ++y)
     unpack(block + y * map.width * kLanes<accumulate_t<T>>, map.width, channels,
            map.data + image * map.stride_n + channel * map.stride_c + y * map.stride_y, map.stride_c, map.stride_x);

@@ -104,7 +104,7 @@ FASTCV_INLINE V in_turn(V a, V b, Indices<J...>) {
 template <class A>
 using LaneIndices = typename MakeIndices<kLanes<A>>::type;
 
-// ---- indices: bytes or int64 in memory, as wide as the values in registers --------------------------------------------
+// ---- indices: bytes or int64 in memory, as wide as the values in registers ------------------------------------------
 
 // What __builtin_convertvector leaves to single lanes is written out for x86.
 template <class P>

@@ -18,7 +18,9 @@ using Window = std::array<int64_t, 8>;
 #define FASTCV_WINDOW \
   { kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w }
 
-inline PoolAxis pool_axis(const Window& w, int d, int64_t input) { return {input, 0, w[d], w[2 + d], w[4 + d], w[6 + d]}; }
+inline PoolAxis pool_axis(const Window& w, int d, int64_t input) {
+  return {input, 0, w[d], w[2 + d], w[4 + d], w[6 + d]};
+}
 
 // Without output sizes. Kernels count in 32 bits.
 inline PoolGeometry pool_geometry(const Window& window, int64_t height, int64_t width) {
@@ -27,8 +29,9 @@ inline PoolGeometry pool_geometry(const Window& window, int64_t height, int64_t 
                   "input: expected 1 to 2^31 - 1 pixels per channel, got ", height, " x ", width);
   const PoolGeometry g{pool_axis(window, 0, height), pool_axis(window, 1, width)};
   for (const PoolAxis* a : {&g.y, &g.x})
-    STD_TORCH_CHECK(a->kernel > 0 && a->stride > 0 && a->dilation > 0 && a->padding >= 0 && a->kernel <= kMost / a->dilation &&
-                        a->stride <= kMost && a->padding <= (a->kernel - 1) * a->dilation,
+    STD_TORCH_CHECK(a->kernel > 0 && a->stride > 0 && a->dilation > 0 && a->padding >= 0 &&
+                        a->kernel <= kMost / a->dilation && a->stride <= kMost &&
+                        a->padding <= (a->kernel - 1) * a->dilation,
                     "kernel_size, stride, dilation: expected positive numbers; padding: less than the kernel's reach");
   STD_TORCH_CHECK(g.y.kernel <= kMost / g.x.kernel, "kernel_size: expected fewer than 2^31 elements");
   return g;
@@ -47,7 +50,9 @@ inline int64_t pooled_size(const PoolAxis& a, bool ceil_mode) {
   return output;
 }
 
-inline int64_t pool_grain(int64_t elements_of_a_row) { return std::max<int64_t>(1, kPoolGrain / std::max<int64_t>(1, elements_of_a_row)); }
+inline int64_t pool_grain(int64_t elements_of_a_row) {
+  return std::max<int64_t>(1, kPoolGrain / std::max<int64_t>(1, elements_of_a_row));
+}
 
 inline Tensor dense(const Tensor& t, MemoryFormat format) {
   if (format == MemoryFormat::Contiguous) return t.is_contiguous() ? t : torch::stable::contiguous(t);
@@ -79,13 +84,14 @@ inline CoveringLists windows_by_pixel(const PoolAxis& a) {
   for (int64_t p = 0; p < a.input; ++p, lists.end_of_one()) {
     const int64_t at = p + a.padding, last = std::min(a.output - 1, at / a.stride);
     for (int64_t o = at > span ? (at - span + a.stride - 1) / a.stride : 0; o <= last; ++o)
-      if ((at - o * a.stride) % a.dilation == 0) lists.list.push_back({int32_t(o), int32_t((at - o * a.stride) / a.dilation)});
+      if ((at - o * a.stride) % a.dilation == 0)
+        lists.list.push_back({int32_t(o), int32_t((at - o * a.stride) / a.dilation)});
   }
   return lists;
 }
 
-// The same for pixels with (p + padding) % stride == r: windows (p + padding) / stride - m, ascending. Taps that no window
-// has on a pixel are left out.
+// The same for pixels with (p + padding) % stride == r: windows (p + padding) / stride - m, ascending. Taps that no
+// window has on a pixel are left out.
 inline CoveringLists windows_by_phase(const PoolAxis& a) {
   CoveringLists lists;
   const int64_t phases = a.phases(), end = a.padding + a.input;
@@ -97,7 +103,8 @@ inline CoveringLists windows_by_phase(const PoolAxis& a) {
     ++next[phase(j) + 1];
   for (int64_t r = 0; r < phases; ++r) lists.begin.push_back(next[r + 1] += next[r]);
   lists.list.resize(next[phases]);
-  for (int64_t j = last; j >= first; --j) lists.list[next[phase(j)]++] = {int32_t(j * a.dilation / a.stride), int32_t(j)};
+  for (int64_t j = last; j >= first; --j)
+    lists.list[next[phase(j)]++] = {int32_t(j * a.dilation / a.stride), int32_t(j)};
   return lists;
 }
 

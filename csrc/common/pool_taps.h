@@ -32,8 +32,8 @@ FASTCV_INLINE Vec<Acc<T>> load_strided(const T* p, int64_t stride) {
   }
 }
 
-// f(i, j, values) for rows i of the taps of windows side by side, the first of which starts at `window`. K is the number
-// of taps in a row where the compiler shall know it, for windows without dilation; else 0.
+// f(i, j, values) for rows i of the taps of windows side by side, the first of which starts at `window`. K is the
+// number of taps in a row where the compiler shall know it, for windows without dilation; else 0.
 template <int S, int K, class T, class F>
 FASTCV_INLINE void each_tap_of(const T* window, int64_t row_stride, TapRange rows, const PoolAxis& x, const F& f) {
   constexpr int L = kLanes<Acc<T>>;
@@ -77,8 +77,8 @@ __attribute__((noinline)) Vec<Acc<T>> load_one_by_one(const T* row, int64_t x, i
   return v;
 }
 
-// f(i, j, values) for the taps of n windows ox, ox + 1, ... of one output row, a lane for each; taps left or right of the
-// map hold `outside`. Rows above and below are left out.
+// f(i, j, values) for the taps of n windows ox, ox + 1, ... of one output row, a lane for each; taps left or right of
+// the map hold `outside`. Rows above and below are left out.
 //
 // Where windows stand out of the map, or n is less than a vector, what lies beside the row is read and left out again.
 // Only windows beside which the tensor ends are read one by one.
@@ -115,16 +115,16 @@ FASTCV_INLINE void each_tap(const PoolGeometry& g, const Plane<T>& plane, TapRan
   }
 }
 
-// Asks for `rows` rows of n elements that windows two rows of output below will read. Processors foresee one row, not that
-// the next ones take turns.
+// Asks for `rows` rows of n elements that windows two rows of output below will read. Processors foresee one row, not
+// that the next ones take turns.
 template <class T>
 FASTCV_INLINE void prefetch_rows(const T* first, int64_t row_stride, int64_t rows, int64_t n) {
   for (int64_t i = 0; i < least(rows, 4); ++i)
     for (int64_t at = 0; at < n; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + i * row_stride + at);
 }
 
-// f(shape) with what the compiler shall know of the columns: the stride where it is 1 or 2, and for float the kernel of the
-// common windows; 0 for all others.
+// f(shape) with what the compiler shall know of the columns: the stride where it is 1 or 2, and for float the kernel of
+// the common windows; 0 for all others.
 template <int S, int K>
 struct Columns {
   static constexpr int stride = S, kernel = K;

@@ -56,7 +56,8 @@ struct VecN {
 
 template <class T>
 FASTCV_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};  // x - 0 is x for every x and costs nothing; 0 + x would turn -0 into 0, so it stays an addition
+  // x - 0 is x for every x and costs nothing; 0 + x would turn -0 into 0, so it stays an addition.
+  return value - Vec<T>{};
 }
 
 // ---- scalar conversions -------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ FASTCV_INLINE void from_accumulate(float x, half_t* y) {
 #endif
 }
 
-// ---- vector loads and stores: storage type in memory, accumulate type in the register --------------------------------
+// ---- vector loads and stores: storage type in memory, accumulate type in the register -------------------------------
 
 FASTCV_INLINE Vec<float> load(const float* p) {
   Vec<float> v;
@@ -241,7 +242,7 @@ FASTCV_INLINE void stream_end() {
 #endif
 }
 
-// ---- arithmetic that the vector extension lacks -----------------------------------------------------------------------
+// ---- arithmetic that the vector extension lacks ---------------------------------------------------------------------
 
 // a * b + c: one rounding where the instruction set has FMA, two on the SSE2 baseline.
 FASTCV_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {

@@ -128,8 +128,8 @@ void parallel_dynamic(int64_t n, int64_t grain, const F& f) {
   });
 }
 
-// Scratch memory aligned to 64 bytes. Each thread keeps the largest block of up to 16 MB that it gave back: memory fresh
-// from the system costs a page fault every 4 KB, more than many a kernel needs to fill it.
+// Scratch memory aligned to 64 bytes. Each thread keeps the largest block of up to 16 MB that it gave back: memory
+// fresh from the system costs a page fault every 4 KB, more than many a kernel needs to fill it.
 constexpr size_t kScratchKept = size_t(16) << 20;
 
 struct FreeScratch {

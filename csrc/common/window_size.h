@@ -17,9 +17,11 @@ inline int64_t window_reach(int64_t kernel, int64_t dilation) {
   return reach <= kMostOfWindow ? reach : 0;
 }
 
-// All that describes one axis: then sizes of outputs, of transposed convolutions as well, are computed without overflow.
+// All that describes one axis: then sizes of outputs, of transposed convolutions as well, are computed without
+// overflow.
 inline bool is_window(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return is_window_number(size, 0) && window_reach(kernel, dilation) > 0 && is_window_number(stride, 1) && is_window_number(pad, 0);
+  return is_window_number(size, 0) && window_reach(kernel, dilation) > 0 && is_window_number(stride, 1) &&
+         is_window_number(pad, 0);
 }
 
 }  // namespace fastcv

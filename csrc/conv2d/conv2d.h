@@ -2,9 +2,10 @@
 //
 //     output = activation(input * weight + bias + residual)
 //
-// Activations are channels-last: the channels of a pixel lie side by side, pixels at any stride, so that input, residual
-// and output may be slices of wider maps. There is one kernel for each kind of convolution; each lays the weights out in
-// its own way, once (conv2d_*_prepare), and computes any range of its tasks, which do not meet in memory.
+// Activations are channels-last: the channels of a pixel lie side by side, pixels at any stride, so that input,
+// residual and output may be slices of wider maps. There is one kernel for each kind of convolution; each lays the
+// weights out in its own way, once (conv2d_*_prepare), and computes any range of its tasks, which do not meet in
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -67,11 +68,11 @@ FASTCV_EACH_ISA(
     FASTCV_CONV2D_KERNEL(conv2d_gemm)
     // The same with operands rounded to bfloat16.
     FASTCV_CONV2D_KERNEL(conv2d_bf16)
-    // 3x3, stride 1, one group, dilation 1 or as large as the padding: 36 products instead of 144 (Lavin and Gray, CVPR 2016).
-    // Also other kernels of up to 3 elements along each axis, without dilation.
+    // 3x3, stride 1, one group, dilation 1 or as large as the padding: 36 products instead of 144 (Lavin and Gray, CVPR
+    // 2016). Also other kernels of up to 3 elements along each axis, without dilation.
     FASTCV_CONV2D_KERNEL(conv2d_winograd)
-    // The same in smaller tiles of 5x5 and 4x4 input pixels, named by their outputs for 3x3: fit some sizes better, and have
-    // less prepared weights: for few pixels.
+    // The same in smaller tiles of 5x5 and 4x4 input pixels, named by their outputs for 3x3: fit some sizes better, and
+    // have less prepared weights: for few pixels.
     FASTCV_CONV2D_KERNEL(conv2d_winograd_3x3)
     FASTCV_CONV2D_KERNEL(conv2d_winograd_2x2)
     // The same with 64 products instead of 324, for 6 x 6 pixels; less exact.

@@ -1,6 +1,6 @@
-// The matrix product of bfloat16 operands with sums in float32: see conv2d_gemm.h. Maps stay float32 in memory; the input of
-// a block is rounded when it is copied, weights when they are prepared. On processors with AVX512-BF16 one instruction does
-// two multiply-adds for each lane: twice the speed of float32.
+// The matrix product of bfloat16 operands with sums in float32: see conv2d_gemm.h. Maps stay float32 in memory; the
+// input of a block is rounded when it is copied, weights when they are prepared. On processors with AVX512-BF16 one
+// instruction does two multiply-adds for each lane: twice the speed of float32.
 #include "../common/simd.h"
 
 namespace fastcv::FASTCV_ISA {

@@ -12,9 +12,11 @@ const Conv2dKernel& kernel_for(const std::string& name, const Conv2dShape& shape
   return *kernel;
 }
 
-Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
-                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
-  STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4, "input, weight: expected shapes [N, C, H, W] and [K, C / groups, KH, KW]");
+Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
+                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                       const std::vector<int64_t>& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4,
+                  "input, weight: expected shapes [N, C, H, W] and [K, C / groups, KH, KW]");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding, dilation: expected two numbers each");
   Conv2dShape s{};
@@ -27,7 +29,8 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int6
                       s.channels == weight[1] * groups && s.kernel_h > 0 && s.kernel_w > 0,
                   "weight: expected [K, ", s.channels, " / groups, KH, KW] with K a multiple of groups (", groups, ")");
   STD_TORCH_CHECK(is_valid_window(s), kValidWindow);
-  STD_TORCH_CHECK(set_output_size(s), "input: ", s.height, " x ", s.width, " with its padding is smaller than the kernel");
+  STD_TORCH_CHECK(set_output_size(s), "input: ", s.height, " x ", s.width,
+                  " with its padding is smaller than the kernel");
   return s;
 }
 
@@ -37,7 +40,11 @@ struct WeightView {
   int64_t step_k, step_c, step_y, step_x;
 
   explicit WeightView(const Tensor& w)
-      : data(fastcv::data<float>(w)), step_k(w.stride(0)), step_c(w.stride(1)), step_y(w.stride(2)), step_x(w.stride(3)) {}
+      : data(fastcv::data<float>(w)),
+        step_k(w.stride(0)),
+        step_c(w.stride(1)),
+        step_y(w.stride(2)),
+        step_x(w.stride(3)) {}
 
   // Those of the gradient of the input: each filter turned round, and outputs and inputs exchanged.
   WeightView transposed(const Conv2dShape& of) const {
@@ -48,7 +55,8 @@ struct WeightView {
   }
 
   bool is_contiguous(const Conv2dShape& s) const {
-    return step_x == 1 && step_y == s.kernel_w && step_c == s.kernel_h * s.kernel_w && step_k == s.group_channels() * step_c;
+    return step_x == 1 && step_y == s.kernel_w && step_c == s.kernel_h * s.kernel_w &&
+           step_k == s.group_channels() * step_c;
   }
 
   // Outputs first to last, contiguous; neighbours in memory one after the other.
@@ -65,8 +73,8 @@ struct WeightView {
   }
 };
 
-// Weights laid out for the kernel. Winograd's, which take longest, by several threads: in its layout multiples of 64 outputs
-// (whole panels on every instruction set) lie one after the other.
+// Weights laid out for the kernel. Winograd's, which take longest, by several threads: in its layout multiples of 64
+// outputs (whole panels on every instruction set) lie one after the other.
 Tensor prepare_weights(const Conv2dKernel& kernel, const Conv2dShape& shape, const WeightView& weight) {
   const bool divisible = kernel.number == 1 || kernel.number == 5 || kernel.number == 11;
   const int64_t most = divisible ? 64 : shape.out_channels, parts = (shape.out_channels + most - 1) / most;
@@ -139,8 +147,8 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const std::optional
   return run_conv2d(kernel, conv, input);
 }
 
-// The gradient of the input of a convolution with stride 1, no dilation and one group: a convolution itself, of the output's
-// gradient, with the weights turned round and K - 1 - padding.
+// The gradient of the input of a convolution with stride 1, no dilation and one group: a convolution itself, of the
+// output's gradient, with the weights turned round and K - 1 - padding.
 Tensor conv2d_input_gradient_cpu(const Tensor& grad, const Tensor& weight, const std::vector<int64_t>& padding,
                                  const std::string& kernel_name) {
   check_float(grad, "grad"), check_float(weight, "weight");
@@ -149,7 +157,8 @@ Tensor conv2d_input_gradient_cpu(const Tensor& grad, const Tensor& weight, const
   std::vector<int64_t> size = size_of(weight), rest(2);
   std::swap(size[0], size[1]);
   for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(padding[i] >= 0 && padding[i] < size[2 + i], "padding: expected 0 to ", size[2 + i] - 1, ", got ", padding[i]);
+    STD_TORCH_CHECK(padding[i] >= 0 && padding[i] < size[2 + i], "padding: expected 0 to ", size[2 + i] - 1, ", got ",
+                    padding[i]);
     rest[i] = size[2 + i] - 1 - padding[i];
   }
   Conv2d conv{};

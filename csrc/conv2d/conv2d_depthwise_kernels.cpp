@@ -1,13 +1,14 @@
 // Depthwise convolution: every channel by itself, vectorised over channels.
 //
 // A tile is R output pixels of P rows (two where the stride is 1) and one vector of channels. The input pixels that the
-// tile reaches are loaded into registers once, row by row, and each serves up to P * KW / stride outputs of up to P rows;
-// weights lie as [KH][KW][channels] and are loaded once for R pixels. For 3x3, stride 1, R = 8 and P = 2: 144 multiply-adds,
-// 40 loads of input, 18 of weights. Input and output of a layer are read and written about once, and for that (8 bytes per 9
-// multiply-adds) memory bounds it as soon as a layer leaves the second-level cache.
+// tile reaches are loaded into registers once, row by row, and each serves up to P * KW / stride outputs of up to P
+// rows; weights lie as [KH][KW][channels] and are loaded once for R pixels. For 3x3, stride 1, R = 8 and P = 2: 144
+// multiply-adds, 40 loads of input, 18 of weights. Input and output of a layer are read and written about once, and for
+// that (8 bytes per 9 multiply-adds) memory bounds it as soon as a layer leaves the second-level cache.
 //
-// Rows of 7, 14 and 28 pixels are cut into tiles of 7, others into tiles of 8. Most tiles at a border lack as many pixels
-// as "same" padding adds: for those the missing ones are known when this is compiled (Out), the rest asks pixel by pixel.
+// Rows of 7, 14 and 28 pixels are cut into tiles of 7, others into tiles of 8. Most tiles at a border lack as many
+// pixels as "same" padding adds: for those the missing ones are known when this is compiled (Out), the rest asks pixel
+// by pixel.
 #include "conv2d_epilogue.h"
 
 namespace fastcv::FASTCV_ISA {

@@ -22,7 +22,8 @@ FASTCV_INLINE Vec<float> gelu(Vec<float> x) {
 
 // Below 0.6 an odd polynomial, fitted to Chebyshev nodes; above, 1 - 2 / (1 + exp(2 |x|)). Relative error 3e-7.
 FASTCV_INLINE Vec<float> tanh(Vec<float> x) {
-  const Vec<float> u = x * x, size = x < 0 ? -x : x, large = fma(sigmoid(-2.0f * size), broadcast(-2.0f), broadcast(1.0f));
+  const Vec<float> u = x * x, size = x < 0 ? -x : x,
+                   large = fma(sigmoid(-2.0f * size), broadcast(-2.0f), broadcast(1.0f));
   constexpr float c[] = {0.02111814f, -0.05387571f, 0.1333293f, -0.33333331f};
   Vec<float> p = broadcast(-0.00627853f);
   for (int i = 0; i < 4; ++i) p = fma(p, u, broadcast(c[i]));
@@ -55,12 +56,14 @@ struct Bounds {
   bool exact;  // whether they are the activation
 
   explicit Bounds(Activation activation)
-      : low(activation == Activation::none ? -__builtin_inff() : 0), high(activation == Activation::relu6 ? 6 : __builtin_inff()),
+      : low(activation == Activation::none ? -__builtin_inff() : 0),
+        high(activation == Activation::relu6 ? 6 : __builtin_inff()),
         exact(activation == Activation::none || activation == Activation::relu || activation == Activation::relu6) {}
 };
 
 // Adds bias and residual (where not null) to n lanes of `sum`, and stores them.
-FASTCV_INLINE void finish(const Conv2d& conv, Vec<float> sum, const float* bias, const float* residual, float* out, int n) {
+FASTCV_INLINE void finish(const Conv2d& conv, Vec<float> sum, const float* bias, const float* residual, float* out,
+                          int n) {
   if (n == kLanes<float>) {
     if (bias) sum += load(bias);
     if (residual) sum += load(residual);
@@ -91,7 +94,8 @@ FASTCV_INLINE void for_each_vector(float* x, int vectors, F f) {
 // One question for all of them, instead of one for each.
 [[maybe_unused]] static void activate_all(float* x, int vectors, Activation activation, float slope) {
   const auto all = [&](auto constant) {
-    for_each_vector(x, vectors, [&](Vec<float> v) FASTCV_INLINE_LAMBDA { return activate(v, decltype(constant)::value, slope); });
+    for_each_vector(x, vectors,
+                    [&](Vec<float> v) FASTCV_INLINE_LAMBDA { return activate(v, decltype(constant)::value, slope); });
   };
   switch (activation) {
 #define FASTCV_CASE(name) \
@@ -110,7 +114,8 @@ FASTCV_INLINE void for_each_vector(float* x, int vectors, F f) {
   }
 }
 
-// The pixels of a tile: sums of `vectors` vectors for each (which this overwrites), of which the first n channels exist.
+// The pixels of a tile: sums of `vectors` vectors for each (which this overwrites), of which the first n channels
+// exist.
 [[maybe_unused]] static void finish_tile(const Conv2d& conv, float* sums, int pixels, int vectors, int64_t n,
                                          const float* residual, float* output) {
   constexpr int lanes = kLanes<float>;

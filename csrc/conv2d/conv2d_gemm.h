@@ -1,23 +1,24 @@
 // Convolution as a matrix product without a column buffer (implicit GEMM).
 //
-// Output pixels are rows, output channels columns, and the depth of the sums runs over kernel elements and input channels
-// of a group: depth = KH * KW * C / groups. A tile of R pixels by NV vectors of channels is summed in registers over the
-// whole depth: for each step NV vectors of weights are loaded and R input values broadcast, for R * NV multiply-adds. On
-// AVX-512 (32 registers) 6 x 4: 24 multiply-adds for 10 loads, so that arithmetic bounds it, at one 512-bit multiply-add a
-// cycle; on AVX2 and SSE (16 registers) 6 x 2.
+// Output pixels are rows, output channels columns, and the depth of the sums runs over kernel elements and input
+// channels of a group: depth = KH * KW * C / groups. A tile of R pixels by NV vectors of channels is summed in
+// registers over the whole depth: for each step NV vectors of weights are loaded and R input values broadcast, for R *
+// NV multiply-adds. On AVX-512 (32 registers) 6 x 4: 24 multiply-adds for 10 loads, so that arithmetic bounds it, at
+// one 512-bit multiply-add a cycle; on AVX2 and SSE (16 registers) 6 x 2.
 //
 // Weights lie in panels of NV vectors of output channels, [panel][depth][NV * L], so that they are read in order.
-// A task is a block of output pixels of one image and group, times some of the panels. Its input is small enough for the
-// second-level cache while it meets panel after panel, and a panel is read from beyond that cache once for each task.
+// A task is a block of output pixels of one image and group, times some of the panels. Its input is small enough for
+// the second-level cache while it meets panel after panel, and a panel is read from beyond that cache once for each
+// task.
 //
-// Panels of great depth (3x3 with 512 channels: 1.2 MB) would be read from beyond the second-level cache for every tile. The
-// depth is cut into chunks, and sums wait between them in scratch memory: rows of the kernel, or channels of 1x1, where the
-// input of more pixels fits the cache for it (a linear layer of 12544 channels). The last tile of a panel fetches the next
-// panel meanwhile.
+// Panels of great depth (3x3 with 512 channels: 1.2 MB) would be read from beyond the second-level cache for every
+// tile. The depth is cut into chunks, and sums wait between them in scratch memory: rows of the kernel, or channels of
+// 1x1, where the input of more pixels fits the cache for it (a linear layer of 12544 channels). The last tile of a
+// panel fetches the next panel meanwhile.
 //
-// 1x1 convolutions read their input where it lies. For others the input of a block is first copied, channels of the group
-// side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW * C
-// numbers (so that a first layer with 3 channels has long runs too), and no loop needs a test for the border.
+// 1x1 convolutions read their input where it lies. For others the input of a block is first copied, channels of the
+// group side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW *
+// C numbers (so that a first layer with 3 channels has long runs too), and no loop needs a test for the border.
 //
 // The depth is counted in words of 32 bits: a word is one float32, or (kPairs) two channels in bfloat16, which one
 // instruction multiplies with two and adds to a float32 sum. This is included by conv2d_gemm_kernels.cpp and by
@@ -35,16 +36,19 @@ constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
 constexpr int64_t kLargeBlock = 128 * 1024;    // where weights (of 2 MB and more) are read for each: 512 KB
 constexpr int64_t kMostPixels = 192, kEnoughTasks = 8;  // for each thread
 constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel that is not cut: 384 KB
-constexpr int64_t kFlatChunk = 512, kChunkedPanels = 4;  // where the pixels' channels are cut: how deep, and panels of a task
+// Where the pixels' channels are cut: how deep, and panels of a task.
+constexpr int64_t kFlatChunk = 512, kChunkedPanels = 4;
 
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- how a convolution is divided ------------------------------------------------------------------------------------
+// ---- how a convolution is divided -----------------------------------------------------------------------------------
 
 // Words of a pixel of a group.
-FASTCV_INLINE int64_t words(const Conv2dShape& s) { return kPairs ? ceil_div(s.group_channels(), 2) : s.group_channels(); }
+FASTCV_INLINE int64_t words(const Conv2dShape& s) {
+  return kPairs ? ceil_div(s.group_channels(), 2) : s.group_channels();
+}
 
 struct Plan {
   bool flat;      // 1x1 without padding: output pixels of an image are one row
@@ -60,8 +64,8 @@ Plan make_plan(const Conv2dShape& s) {
   Plan p{};
   const int64_t channels = words(s);
   p.depth = s.kernel_h * s.kernel_w * channels;
-  p.flat = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0 && (s.out_height - 1) * s.stride_h < s.height &&
-           (s.out_width - 1) * s.stride_w < s.width;
+  p.flat = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_h == 0 && s.pad_w == 0 &&
+           (s.out_height - 1) * s.stride_h < s.height && (s.out_width - 1) * s.stride_w < s.width;
   p.in_place = p.flat && s.stride_h == 1 && s.stride_w == 1 && !s.input_norm && !kPairs;
   const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
   // Input elements for each output pixel, about.
@@ -93,7 +97,7 @@ Plan make_plan(const Conv2dShape& s) {
   return p;
 }
 
-// ---- a tile ----------------------------------------------------------------------------------------------------------
+// ---- a tile ---------------------------------------------------------------------------------------------------------
 
 struct Tile {
   explicit Tile(Activation activation) : bounds(activation) {}
@@ -143,7 +147,8 @@ void run_tile(const Tile& t) {
       for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
         weight = accumulate<true, kPairs>(sum, input, t.step, t.run, weight, t.ahead);
     else
-      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x) weight = accumulate<false, kPairs>(sum, input, t.step, t.run, weight);
+      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
+        weight = accumulate<false, kPairs>(sum, input, t.step, t.run, weight);
   }
   if (!t.final) {
 #pragma GCC unroll 16
@@ -189,7 +194,7 @@ void run_vectors(int vectors, int rows, const Tile& t) {
   }
 }
 
-// ---- a task ----------------------------------------------------------------------------------------------------------
+// ---- a task ---------------------------------------------------------------------------------------------------------
 
 // n channels, a vector or what is left of one, to words from `to` on.
 FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
@@ -227,7 +232,9 @@ FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t gro
 void copy_pixels(const Conv2d& conv, int64_t image, int64_t group, int64_t first, int64_t count, float* to) {
   const Conv2dShape& s = conv.shape;
   for (int64_t i = first; i < first + count; ++i, to += words(s))
-    copy_pixel(conv, pixel(conv.input, image, i / s.out_width * s.stride_h, i % s.out_width * s.stride_w) + group * s.group_channels(),
+    copy_pixel(conv,
+               pixel(conv.input, image, i / s.out_width * s.stride_h, i % s.out_width * s.stride_w) +
+                   group * s.group_channels(),
                group, to);
 }
 
@@ -243,10 +250,12 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
       memset(row, 0, size_t(p.strip_w * channels) * sizeof(float));
       continue;
     }
-    const float* from = conv.input.data + image * conv.input.stride_n + y * conv.input.stride_y + group * s.group_channels();
+    const float* from =
+        conv.input.data + image * conv.input.stride_n + y * conv.input.stride_y + group * s.group_channels();
     memset(row, 0, size_t(first * channels) * sizeof(float));
     if (conv.input.stride_x == channels && !s.input_norm && !kPairs) {
-      memcpy(row + first * channels, from + (left + first) * channels, size_t((last - first) * channels) * sizeof(float));
+      memcpy(row + first * channels, from + (left + first) * channels,
+             size_t((last - first) * channels) * sizeof(float));
     } else {
       for (int64_t x = first; x < last; ++x)
         copy_pixel(conv, from + (left + x) * conv.input.stride_x, group, row + x * channels);
@@ -285,10 +294,12 @@ struct Rows {
     const int64_t channel = group * s.group_outputs() + panel * kPanel;
     const int64_t columns = min_of(kPanel, s.group_outputs() - panel * kPanel), vectors = ceil_div(columns, L);
     t.conv = &conv;
-    t.weight = conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel) + begin * vectors * L;
+    t.weight =
+        conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel) + begin * vectors * L;
     t.bias = conv.bias ? conv.bias + channel : nullptr;
     t.last = int(columns - (vectors - 1) * L);
-    t.output = conv.output.data + image * conv.output.stride_n + y * conv.output.stride_y + x * conv.output.stride_x + channel;
+    t.output =
+        conv.output.data + image * conv.output.stride_n + y * conv.output.stride_y + x * conv.output.stride_x + channel;
     t.output_step = conv.output.stride_x;
     t.residual = conv.residual.data ? conv.residual.data + image * conv.residual.stride_n + y * conv.residual.stride_y +
                                           x * conv.residual.stride_x + channel
@@ -305,11 +316,13 @@ bool one_row(const PixelMap<T>& map, int64_t width) {
 }
 
 // One panel of a block; t has its part of the depth.
-void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int64_t y0, int64_t x0, const float* strip) {
+void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int64_t y0, int64_t x0,
+               const float* strip) {
   const Conv2dShape& s = conv.shape;
   float* const partial = t.partial;
   const int64_t ahead = t.ahead;
-  const bool whole = (!p.in_place || one_row(conv.input, s.width)) && one_row(conv.output, s.out_width) && one_row(conv.residual, s.out_width);
+  const bool whole = (!p.in_place || one_row(conv.input, s.width)) && one_row(conv.output, s.out_width) &&
+                     one_row(conv.residual, s.out_width);
   if (p.flat && !whole) {
     for (int64_t at = x0, end = min_of(x0 + p.block_w, s.out_height * s.out_width); at < end;) {
       const int64_t y = at / s.out_width, x = at % s.out_width, count = min_of(end - at, s.out_width - x);
@@ -331,8 +344,8 @@ void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int6
   }
 }
 
-// The part of the depth that one chunk is, for panels from rows.panel to `last`. strip: the copied input, or the input of
-// the image and group where it is read in place; partial: room for sums of block_h * block_w pixels for each panel.
+// The part of the depth that one chunk is, for panels from rows.panel to `last`. strip: the copied input, or the input
+// of the image and group where it is read in place; partial: room for sums of block_h * block_w pixels for each panel.
 void run_panels(const Conv2d& conv, const Plan& p, Rows rows, int64_t last, int64_t chunk, int64_t y0, int64_t x0,
                 const float* strip, float* partial) {
   const Conv2dShape& s = conv.shape;
@@ -366,7 +379,8 @@ void prepare_weights(const Conv2dShape& s, const float* weight, float* prepared)
     for (int64_t n0 = 0; n0 < s.group_outputs(); n0 += kPanel) {
       const int64_t columns = min_of(kPanel, s.group_outputs() - n0);
       const auto at = [&](int64_t n, int64_t c, int64_t tap) {
-        return n < columns && c < channels ? weight[((g * s.group_outputs() + n0 + n) * channels + c) * taps + tap] : 0.0f;
+        return n < columns && c < channels ? weight[((g * s.group_outputs() + n0 + n) * channels + c) * taps + tap]
+                                           : 0.0f;
       };
       for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t c = 0; c < channels; c += kPairs ? 2 : 1)
@@ -408,7 +422,8 @@ void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
       copy_pixels(conv, image, group, x0, min_of(p.block_w, s.out_height * s.out_width - x0), scratch);
     else if (!p.in_place)
       copy_strip(conv, p, image, group, y0, x0, scratch);
-    const float* strip = p.in_place ? conv.input.data + image * conv.input.stride_n + group * s.group_channels() : scratch;
+    const float* strip =
+        p.in_place ? conv.input.data + image * conv.input.stride_n + group * s.group_channels() : scratch;
     const int64_t panel = panel_group * p.group_panels, last = min_of(p.panels, panel + p.group_panels);
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk)
       run_panels(conv, p, Rows{conv, p, image, group, panel}, last, chunk, y0, x0, strip, scratch + strip_size(s, p));
@@ -418,9 +433,11 @@ void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
 }  // namespace
 }  // namespace fastcv::FASTCV_ISA
 
-#define FASTCV_GEMM(name)                                                                                               \
-  int64_t name##_weights(const Conv2dShape& s) { return weight_words(s); }                                              \
-  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { prepare_weights(s, weight, prepared); } \
-  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks(s); }                                                 \
-  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size(s); }                                              \
+#define FASTCV_GEMM(name)                                                           \
+  int64_t name##_weights(const Conv2dShape& s) { return weight_words(s); }          \
+  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { \
+    prepare_weights(s, weight, prepared);                                           \
+  }                                                                                 \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks(s); }             \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size(s); }          \
   void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run_tasks(conv, begin, end, scratch); }

@@ -1,8 +1,8 @@
 // 1x1 convolution of few pixels: a linear layer on few vectors, the gate of a squeeze-and-excitation block.
 //
-// Reading the weights bounds it (25088 x 4096, VGG's first: 411 MB, 11 ms at 37 GB/s), and every weight is used once for
-// each pixel. So they are read where they lie, [K][C], and need no other layout (nor a second copy): kRows rows at a time
-// as streams, each multiplied with all pixels, lanes added at the end.
+// Reading the weights bounds it (25088 x 4096, VGG's first: 411 MB, 11 ms at 37 GB/s), and every weight is used once
+// for each pixel. So they are read where they lie, [K][C], and need no other layout (nor a second copy): kRows rows at
+// a time as streams, each multiplied with all pixels, lanes added at the end.
 #include "conv2d_epilogue.h"
 
 namespace fastcv::FASTCV_ISA {

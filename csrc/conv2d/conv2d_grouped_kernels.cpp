@@ -2,9 +2,9 @@
 //
 // A vector holds the channels of several groups side by side, of the output and at the same place of the input. Input
 // channel i of every group is spread over its group's lanes by one permutation, and multiplies weights that lie as
-// [vector][KH][KW][i][lane]. A tile is R output pixels of a row: a spread input serves all outputs that it reaches, so that
-// there are R + 2 permutations for 3 R multiply-adds, and each weight is loaded once for R pixels. Arithmetic bounds it,
-// where a matrix product would leave all lanes but a group's idle.
+// [vector][KH][KW][i][lane]. A tile is R output pixels of a row: a spread input serves all outputs that it reaches, so
+// that there are R + 2 permutations for 3 R multiply-adds, and each weight is loaded once for R pixels. Arithmetic
+// bounds it, where a matrix product would leave all lanes but a group's idle.
 #include "conv2d_epilogue.h"
 
 namespace fastcv::FASTCV_ISA {
@@ -57,7 +57,8 @@ FASTCV_INLINE void add_channels(Vec<float> in, const float* weight, Vec<float> (
 }
 
 template <int R, int SW, int G, bool Edge, int J>
-FASTCV_INLINE void add_pixels(const Tile& t, const float* row, int64_t x, int n, const float* weight, Vec<float> (&sum)[R]) {
+FASTCV_INLINE void add_pixels(const Tile& t, const float* row, int64_t x, int n, const float* weight,
+                              Vec<float> (&sum)[R]) {
   if constexpr (J < (R - 1) * SW + KW) {
     if (!Edge || (x + J >= 0 && x + J < t.conv.shape.width)) {
       const float* p = row + J * t.conv.input.stride_x;
@@ -135,8 +136,8 @@ void run_group(const Conv2d& conv, int64_t image, int64_t y) {
 
 bool conv2d_grouped_serves(const Conv2dShape& s) {
   const int64_t g = s.group_channels();
-  return (g == 2 || g == 4 || g == 8) && L % g == 0 && s.group_outputs() == g && s.kernel_w == KW && s.dilation_h == 1 &&
-         s.dilation_w == 1 && (s.stride_w == 1 || s.stride_w == 2);
+  return (g == 2 || g == 4 || g == 8) && L % g == 0 && s.group_outputs() == g && s.kernel_w == KW &&
+         s.dilation_h == 1 && s.dilation_w == 1 && (s.stride_w == 1 || s.stride_w == 2);
 }
 
 int64_t conv2d_grouped_weights(const Conv2dShape& s) {
@@ -160,7 +161,8 @@ void conv2d_grouped(const Conv2d& conv, int64_t begin, int64_t end, float*) {
   const Conv2dShape& s = conv.shape;
   const int64_t rows = task_rows(s), bands = ceil_div(s.out_height, rows);
   for (int64_t t = begin; t < end; ++t)
-    for (int64_t y = t % bands * rows; y < min_of(s.out_height, (t % bands + 1) * rows); ++y) switch (s.group_channels()) {
+    for (int64_t y = t % bands * rows; y < min_of(s.out_height, (t % bands + 1) * rows); ++y)
+      switch (s.group_channels()) {
         case 2: run_group<2>(conv, t / bands, y); break;
         case 4: run_group<4>(conv, t / bands, y); break;
         default: run_group<8>(conv, t / bands, y); break;

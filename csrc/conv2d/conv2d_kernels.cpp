@@ -11,9 +11,11 @@
 namespace fastcv {
 namespace {
 
-#define FASTCV_KERNEL(number, name, serves)                                                                              \
-  Conv2dKernel{number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                  \
-               FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves}
+#define FASTCV_KERNEL(number, name, serves)                                                                          \
+  Conv2dKernel {                                                                                                     \
+    number, #name, FASTCV_PICK(conv2d_##name##_weights), FASTCV_PICK(conv2d_##name##_prepare),                       \
+        FASTCV_PICK(conv2d_##name##_tasks), FASTCV_PICK(conv2d_##name##_scratch), FASTCV_PICK(conv2d_##name), serves \
+  }
 
 bool is_undilated(const Conv2dShape& s) { return s.dilation_h == 1 && s.dilation_w == 1; }
 
@@ -25,8 +27,8 @@ template <int64_t Size>
 bool is_winograd(const Conv2dShape& s) {
   const bool phases = 2 * s.pad_h == s.dilation_h * (Size - 1) && 2 * s.pad_w == s.dilation_w * (Size - 1) &&
                       s.out_height == s.height && s.out_width == s.width && s.dilation_h * s.dilation_w <= kMostPhases;
-  return s.kernel_h == Size && s.kernel_w == Size && s.stride_h == 1 && s.stride_w == 1 && (is_undilated(s) || phases) &&
-         s.groups == 1 && !s.input_norm;
+  return s.kernel_h == Size && s.kernel_w == Size && s.stride_h == 1 && s.stride_w == 1 &&
+         (is_undilated(s) || phases) && s.groups == 1 && !s.input_norm;
 }
 
 // Kernels smaller than 3x3 gain less, and only where there are channels enough to pay for the transforms.
@@ -47,7 +49,8 @@ struct WinogradTile {
   int64_t number, patch;
   bool fast;  // of Precision::fast alone
 };
-constexpr WinogradTile kWinogradTiles[] = {{1, 6, false}, {5, 4, false}, {8, 8, true}, {9, 6, false}, {10, 8, true}, {11, 5, false}};
+constexpr WinogradTile kWinogradTiles[] = {{1, 6, false}, {5, 4, false}, {8, 8, true},
+                                           {9, 6, false}, {10, 8, true}, {11, 5, false}};
 
 const WinogradTile* winograd_tile(const Conv2dKernel& kernel) {
   for (const WinogradTile& tile : kWinogradTiles)
@@ -117,9 +120,9 @@ void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel) 
   choices.any = !choices.kernels.empty();
 }
 
-// The first that serves the shape, and of Winograd's the one that costs least, where that is less than the direct sum. What
-// costs exactness must promise to be a tenth faster. Tiles of 5x5 pixels pay for kernels of 2 elements, for which they have 4
-// outputs along an axis and fit sizes that are powers of 2.
+// The first that serves the shape, and of Winograd's the one that costs least, where that is less than the direct sum.
+// What costs exactness must promise to be a tenth faster. Tiles of 5x5 pixels pay for kernels of 2 elements, for which
+// they have 4 outputs along an axis and fit sizes that are powers of 2.
 static const Conv2dKernel* cheapest(const Conv2dShape& shape, bool with_winograd, bool fast) {
   const Conv2dKernel* best = nullptr;
   double least = 0;
@@ -128,7 +131,8 @@ static const Conv2dKernel* cheapest(const Conv2dShape& shape, bool with_winograd
     const WinogradTile* tile = winograd_tile(kernel);
     if (!tile) return best ? best : &kernel;
     if (!with_winograd || (tile->fast && !fast) || (tile->patch == 5 && !is_small(shape))) continue;
-    const double cost = winograd_cost(shape, tile->patch) * (tile->fast ? 1.1 : 1), limit = best ? least : direct_cost(shape);
+    const double cost = winograd_cost(shape, tile->patch) * (tile->fast ? 1.1 : 1),
+                 limit = best ? least : direct_cost(shape);
     if (cost < limit) best = &kernel, least = cost;
   }
   return best;
@@ -154,18 +158,22 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
   return kernel;
 }
 
-// Transforming the input takes as long as about 8 products with one channel for each of its elements (9 for tiles of 8 x 8),
-// and storing sums and transforming them back as long as 20 (22), along one axis half; a direct sum's store takes 2. Reading
-// the weights comes after that, or before where it takes longer. From memory one takes as long as 12 products (2 cores of
-// Zen 4: 220 GFLOP/s, 37 GB/s; more cores have less memory each), from the last-level cache as long as 3; prefetching hides
-// half of it.
+// Transforming the input takes as long as about 8 products with one channel for each of its elements (9 for tiles of 8
+// x 8), and storing sums and transforming them back as long as 20 (22), along one axis half; a direct sum's store takes
+// 2. Reading the weights comes after that, or before where it takes longer. From memory one takes as long as 12
+// products (2 cores of Zen 4: 220 GFLOP/s, 37 GB/s; more cores have less memory each), from the last-level cache as
+// long as 3; prefetching hides half of it.
 double winograd_cost(const Conv2dShape& s, int64_t patch) {
-  const int64_t patch_h = s.kernel_h == 1 ? 1 : patch, patch_w = s.kernel_w == 1 ? 1 : patch, elements = patch_h * patch_w;
+  const int64_t patch_h = s.kernel_h == 1 ? 1 : patch, patch_w = s.kernel_w == 1 ? 1 : patch,
+                elements = patch_h * patch_w;
   const int64_t tile_h = patch_h + 1 - s.kernel_h, tile_w = patch_w + 1 - s.kernel_w;
-  const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h, wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
-  const int64_t tiles = s.images * s.dilation_h * s.dilation_w * ((high + tile_h - 1) / tile_h) * ((wide + tile_w - 1) / tile_w);
+  const int64_t high = (s.out_height + s.dilation_h - 1) / s.dilation_h,
+                wide = (s.out_width + s.dilation_w - 1) / s.dilation_w;
+  const int64_t tiles =
+      s.images * s.dilation_h * s.dilation_w * ((high + tile_h - 1) / tile_h) * ((wide + tile_w - 1) / tile_w);
   const double channels = double(s.channels), effort = (patch == 8 ? 1.1 : 1) / (patch_h == 1 || patch_w == 1 ? 2 : 1);
-  const double transforms = 8 * effort * round_up(s.channels) / channels / round_up(s.out_channels) + 20 * effort / channels;
+  const double transforms =
+      8 * effort * round_up(s.channels) / channels / round_up(s.out_channels) + 20 * effort / channels;
   const bool cached = elements * s.channels * s.out_channels * 4 < (int64_t(4) << 20);
   const double products = double(tiles * elements) * (1 + transforms), reading = double(elements) * (cached ? 3 : 12);
   return std::max(products, reading) + reading / 2;

@@ -19,12 +19,13 @@ struct Conv2dKernel {
   bool (*serves)(const Conv2dShape&);
 };
 
-// Has "auto" choose a kernel for convolutions of just this shape, whatever their precision allows; null undoes it. Measured
-// choices (fastcv.tune) come this way.
+// Has "auto" choose a kernel for convolutions of just this shape, whatever their precision allows; null undoes it.
+// Measured choices (fastcv.tune) come this way.
 void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel);
 
-// What may be given up for speed. The default's relative error is at most 1e-5; highest has no Winograd; bfloat16 rounds
-// operands, where the processor is faster so; fast has Winograd's largest tiles, with relative errors of at most 5e-5.
+// What may be given up for speed. The default's relative error is at most 1e-5; highest has no Winograd; bfloat16
+// rounds operands, where the processor is faster so; fast has Winograd's largest tiles, with relative errors of at most
+// 5e-5.
 enum class Precision : int64_t { standard, highest, bfloat16, fast };
 
 // The named kernel, or for "auto" the one that is fastest on the shape; null where none serves it.
@@ -36,7 +37,8 @@ double winograd_cost(const Conv2dShape& shape, int64_t patch);
 
 // What errors of is_valid_window say.
 constexpr const char* kValidWindow =
-    "stride, dilation: expected positive numbers, padding: numbers that are not negative, all and the reach of the kernel below 2^31";
+    "stride, dilation: expected positive numbers, padding: numbers that are not negative, all and the reach of the "
+    "kernel below 2^31";
 
 // Whether kernel, stride, padding and dilation, and the size of the input, are numbers that can be computed with.
 bool is_valid_window(const Conv2dShape& shape);

@@ -49,14 +49,16 @@ struct Epilogue {
   Epilogue(const std::optional<Tensor>& bias_any, const std::optional<Tensor>& residual_any, Conv2d& conv) {
     const Conv2dShape& s = conv.shape;
     if (bias_any) {
-      STD_TORCH_CHECK(bias_any->dim() == 1 && bias_any->size(0) == s.out_channels, "bias: expected shape [", s.out_channels, "]");
+      STD_TORCH_CHECK(bias_any->dim() == 1 && bias_any->size(0) == s.out_channels, "bias: expected shape [",
+                      s.out_channels, "]");
       bias = as_contiguous(*bias_any, ScalarType::Float);
       conv.bias = data<float>(*bias);
     }
     if (residual_any) {
       check_float(*residual_any, "residual");
       const std::vector<int64_t> size{s.images, s.out_channels, s.out_height, s.out_width};
-      STD_TORCH_CHECK(residual_any->dim() == 4 && size_of(*residual_any) == size, "residual: expected the shape of the output");
+      STD_TORCH_CHECK(residual_any->dim() == 4 && size_of(*residual_any) == size,
+                      "residual: expected the shape of the output");
       residual = with_channels_last(*residual_any);
       conv.residual = pixel_map<const float>(*residual);
     }

@@ -5,8 +5,8 @@
 
 namespace fastcv::FASTCV_ISA {
 
-// Vectors of a panel of weights, and rows of a tile that the registers hold beside NV vectors of weights: on AVX-512 (32
-// registers) 6 x 4, 8 x 3, 12 x 2 and 12 x 1; on 16 registers 6 x 2 and 12 x 1.
+// Vectors of a panel of weights, and rows of a tile that the registers hold beside NV vectors of weights: on AVX-512
+// (32 registers) 6 x 4, 8 x 3, 12 x 2 and 12 x 1; on 16 registers 6 x 2 and 12 x 1.
 constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
 constexpr int kPanel = kPanelVectors * kLanes<float>;
 constexpr int tile_rows(int vectors) {
@@ -29,8 +29,8 @@ FASTCV_INLINE Vec<float> add_pairs(Vec<float> x, Vec<float> y, Vec<float> sum) {
 #endif
 }
 
-// sum[r][v] += input[r * step + k] * weight[k][v] over k < depth; returns the end of the weights. Ahead: meanwhile fetches
-// the weights `ahead` steps of k further on into the second-level cache.
+// sum[r][v] += input[r * step + k] * weight[k][v] over k < depth; returns the end of the weights. Ahead: meanwhile
+// fetches the weights `ahead` steps of k further on into the second-level cache.
 template <bool Ahead = false, bool Pairs = false, int R, int NV>
 FASTCV_INLINE const float* accumulate(Vec<float> (&sum)[R][NV], const float* input, int64_t step, int64_t depth,
                                       const float* weight, int64_t ahead = 0) {

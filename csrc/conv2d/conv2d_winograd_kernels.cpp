@@ -1,46 +1,46 @@
 // Convolution with stride 1 by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural
 // Networks", CVPR 2016): of kernels of up to 3 elements along each axis, and of 5x5.
 //
-// With R elements along an axis, a tile of M output pixels depends on P = M + R - 1 input pixels d. With the matrices B, G
-// and A of the paper (conv2d_winograd_transforms.h),
+// With R elements along an axis, a tile of M output pixels depends on P = M + R - 1 input pixels d. With the matrices
+// B, G and A of the paper (conv2d_winograd_transforms.h),
 //     output = A^T [ (G g G^T) * (B^T d B) ] A,
-// where * multiplies element by element: P^2 products for each pair of channels. B depends on P alone, so that tiles of P x P
-// input pixels serve kernels of 2 and 3 elements, 3x2 as well; along an axis of 1 element tiles are 1 pixel high and nothing is
-// transformed:
+// where * multiplies element by element: P^2 products for each pair of channels. B depends on P alone, so that tiles of
+// P x P input pixels serve kernels of 2 and 3 elements, 3x2 as well; along an axis of 1 element tiles are 1 pixel high
+// and nothing is transformed:
 //     P = 4    F(2x2, 3x3): 16 products instead of 36    F(3x3, 2x2): 16 instead of 36     F(3, 2): 4 instead of 6
 //     P = 5    F(3x3, 3x3): 25 instead of 81             F(4x4, 2x2): 25 instead of 64     F(4, 2): 5 instead of 8
 //     P = 6    F(4x4, 3x3): 36 instead of 144            F(5x5, 2x2): 36 instead of 100    F(4, 3): 6 instead of 12
 //              F(2x2, 5x5): 36 instead of 100
 //     P = 8    F(6x6, 3x3): 64 instead of 324            F(4x4, 5x5): 64 instead of 400
 // Summed over input channels they are matrix products, one for each element e of a tile:
-// M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is prepared once. With patches of 8 x 8 errors are about ten times
-// those of the direct sum, with others of its size up to twice that.
+// M_e[tile][k] = sum_c V_e[tile][c] U_e[c][k]. U = G g G^T is prepared once. With patches of 8 x 8 errors are about ten
+// times those of the direct sum, with others of its size up to twice that.
 //
-// A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (for P = 6
-// 144 T C bytes), then for each panel multiplies and transforms back from M (144 T panel bytes). U of a layer (144 C K
-// bytes: 9 MB for 256 x 256) is read once for each block of tiles, from the last-level cache where it fits: T grows with U,
-// so that this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads share the work
-// evenly. Where a layer has few tiles (14x14 pixels: 16) tasks share them and divide the panels.
+// A task is a block of T tiles times some panels of output channels. It transforms the input of its tiles into V (for P
+// = 6 144 T C bytes), then for each panel multiplies and transforms back from M (144 T panel bytes). U of a layer (144
+// C K bytes: 9 MB for 256 x 256) is read once for each block of tiles, from the last-level cache where it fits: T grows
+// with U, so that this stays cheap, and shrinks with it, so that V and M stay in the second-level cache and threads
+// share the work evenly. Where a layer has few tiles (14x14 pixels: 16) tasks share them and divide the panels.
 //
-// On one core of Zen 4 (110 GFLOP/s), in GFLOP/s of the direct sum by processor time, two runs on a busy machine (the first
-// before channels were summed in chunks):
+// On one core of Zen 4 (110 GFLOP/s), in GFLOP/s of the direct sum by processor time, two runs on a busy machine (the
+// first before channels were summed in chunks):
 //     F(4x4, 3x3), F(6x6, 3x3)    56x56                112x112              224x224 or 200x272
 //     64 -> 64                270-332, 258-359     263-281, 285-289     275-287, 296-309
 //     128 -> 128              310-331, 338-352     313-320, 347-368
 //     256 -> 256              357-358, 335-351     371-372, 428-441     370-373, 412-438
 //     512 -> 512              361-380, 371-392     (28x28: 316-346, 330-339; 14x14: 237, 157)
-// so tiles of 6x6 gain 2 to 19 percent on maps of 112 pixels and more, nothing reliable at 56, and lose on small ones. Blocks
-// of 6 to 36 tiles instead of those below change that by a few percent up to 256 channels; with 512 small blocks, which read
-// U more often, lose up to a third. 5x5, as many times as fast as the matrix product (one run):
-//     F(2x2, 5x5), F(4x4, 5x5)    64 -> 192 27x27: 2.0, 3.9      48 -> 64 35x35: 2.1, 3.9     128 -> 128 28x28: 2.1, 3.9
-//                                 48 -> 128 7x7: 1.6, 2.7        16 -> 32 28x28: 1.5, 2.6     3 -> 32 64x64: 0.6, 1.3
+// so tiles of 6x6 gain 2 to 19 percent on maps of 112 pixels and more, nothing reliable at 56, and lose on small ones.
+// Blocks of 6 to 36 tiles instead of those below change that by a few percent up to 256 channels; with 512 small
+// blocks, which read U more often, lose up to a third. 5x5, as many times as fast as the matrix product (one run):
+//     F(2x2, 5x5), F(4x4, 5x5)    64 -> 192 27x27: 2.0, 3.9    48 -> 64 35x35: 2.1, 3.9    128 -> 128 28x28: 2.1, 3.9
+//                                 48 -> 128 7x7: 1.6, 2.7      16 -> 32 28x28: 1.5, 2.6    3 -> 32 64x64: 0.6, 1.3
 //
 // Dilated convolutions are taken apart into phases without dilation, which pixel strides express.
 //
-// Arithmetic bounds it where there are tiles enough: the products are a quarter of the direct sum's, and the transforms add
-// 2 operations per element and pixel for large C. Where there are few, reading U does: 512 x 512 channels at 7x7 pixels
-// have 38 MB for P = 6 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for P = 4 (0.65 ms in all). The last
-// tiles of a product prefetch the next one's U.
+// Arithmetic bounds it where there are tiles enough: the products are a quarter of the direct sum's, and the transforms
+// add 2 operations per element and pixel for large C. Where there are few, reading U does: 512 x 512 channels at 7x7
+// pixels have 38 MB for P = 6 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for P = 4 (0.65 ms in all). The
+// last tiles of a product prefetch the next one's U.
 #include "conv2d_epilogue.h"
 #include "conv2d_tile.h"
 #include "conv2d_winograd_transforms.h"
@@ -64,15 +64,16 @@ FASTCV_INLINE int64_t patch(int64_t p, int64_t kernel) { return kernel == 1 ? 1 
 
 struct Plan {
   int64_t tile_h, tile_w, elements;                    // output pixels of a tile, products
-  int64_t tiles_y, tiles_x, phase_tiles, image_tiles;  // of the largest phase of an image (without dilation there is one)
+  // Of the largest phase of an image (without dilation there is one).
+  int64_t tiles_y, tiles_x, phase_tiles, image_tiles;
   int64_t tiles, block, blocks;                        // of all images; of a task
   int64_t panels, panel_groups, group_panels;
   int64_t row;             // floats from one element of V to the next: channels, and what keeps cache sets apart
   int64_t v_step, m_step;  // floats from one tile's V and M to the next's
 };
 
-// Cycles, about: transforming the input, then for each panel reading U from the last-level cache at 32 bytes a cycle, the
-// products, and transforming back.
+// Cycles, about: transforming the input, then for each panel reading U from the last-level cache at 32 bytes a cycle,
+// the products, and transforming back.
 double task_cost(const Conv2dShape& s, const Plan& p, int64_t block, int64_t panels) {
   const double elements = double(p.elements), channels = double(s.channels), tiles = double(block);
   const double u = channels * kPanel * 4 * elements / 32, product = channels * kPanelVectors * elements;
@@ -110,7 +111,7 @@ Plan make_plan(const Conv2dShape& s) {
   return p;
 }
 
-// ---- transforms ------------------------------------------------------------------------------------------------------
+// ---- transforms -----------------------------------------------------------------------------------------------------
 
 // V of one tile: [element][row].
 template <int PY, int PX>
@@ -183,9 +184,10 @@ void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t ti
   }
 }
 
-// ---- products --------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
-// Channels are summed in chunks and chunks then, so that rounding errors do not grow with the square root of their number.
+// Channels are summed in chunks and chunks then, so that rounding errors do not grow with the square root of their
+// number.
 constexpr int64_t kChunk = 128;
 
 // M of R tiles for one element and panel.
@@ -209,8 +211,8 @@ void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, 
 }
 
 template <int R, int NV>
-void multiply_rows(int64_t rows, const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step,
-                   bool last) {
+void multiply_rows(int64_t rows, const float* v, int64_t v_step, int64_t channels, const float* u, float* m,
+                   int64_t m_step, bool last) {
   if constexpr (R > 1)
     if (rows < R) return multiply_rows<R - 1, NV>(rows, v, v_step, channels, u, m, m_step, last);
   multiply<R, NV>(v, v_step, channels, u, m, m_step, last);
@@ -228,8 +230,8 @@ void multiply_block(int64_t tiles, const float* v, int64_t v_step, int64_t chann
   }
 }
 
-void multiply_vectors(int vectors, int64_t tiles, const float* v, int64_t v_step, int64_t channels, const float* u, float* m,
-                      int64_t m_step) {
+void multiply_vectors(int vectors, int64_t tiles, const float* v, int64_t v_step, int64_t channels, const float* u,
+                      float* m, int64_t m_step) {
   switch (vectors) {
     case 1: return multiply_block<1>(tiles, v, v_step, channels, u, m, m_step);
     case 2: return multiply_block<2>(tiles, v, v_step, channels, u, m, m_step);
@@ -238,8 +240,8 @@ void multiply_vectors(int vectors, int64_t tiles, const float* v, int64_t v_step
   }
 }
 
-// A convolution with dilation d that keeps the size is d x d convolutions without, each of every d-th pixel: phase (i, j) of the
-// input gives phase (i, j) of the output. The size of one:
+// A convolution with dilation d that keeps the size is d x d convolutions without, each of every d-th pixel: phase (i,
+// j) of the input gives phase (i, j) of the output. The size of one:
 Conv2dShape phase_shape(const Conv2dShape& s, int64_t i, int64_t j) {
   Conv2dShape phase = s;
   phase.height = phase.out_height = ceil_div(s.height - i, s.dilation_h);
@@ -261,7 +263,8 @@ struct PhaseTile {
   Conv2d conv;
   int64_t image, tile;
 
-  PhaseTile(const Conv2d& whole, const Plan& p, int64_t t) : conv(whole), image(t / p.image_tiles), tile(t % p.phase_tiles) {
+  PhaseTile(const Conv2d& whole, const Plan& p, int64_t t)
+      : conv(whole), image(t / p.image_tiles), tile(t % p.phase_tiles) {
     if (p.phase_tiles == p.image_tiles) return;
     const Conv2dShape& s = whole.shape;
     const int64_t phase = t % p.image_tiles / p.phase_tiles, y = phase / s.dilation_w, x = phase % s.dilation_w;
@@ -272,7 +275,8 @@ struct PhaseTile {
 };
 
 template <int P, int RY, int RX>
-void run_task(const Conv2d& conv, const Plan& p, int64_t first, int64_t last, int64_t panel, int64_t end_panel, float* scratch) {
+void run_task(const Conv2d& conv, const Plan& p, int64_t first, int64_t last, int64_t panel, int64_t end_panel,
+              float* scratch) {
   const Conv2dShape& s = conv.shape;
   float *const v = scratch, *const m = scratch + p.block * p.v_step;
   for (int64_t t = first; t < last; ++t) {
@@ -319,7 +323,8 @@ struct Functions {
 template <int P, int RY, int RX>
 constexpr Functions kFunctions{&prepare_weights<P, RY, RX>, &run_task<P, RY, RX>};
 
-// Of the kernels that is_winograd and is_winograd_to_3 let through: 5x5, and of up to 3 elements, where P = 8 3x3 alone.
+// Of the kernels that is_winograd and is_winograd_to_3 let through: 5x5, and of up to 3 elements, where P = 8 3x3
+// alone.
 template <int P>
 Functions functions(const Conv2dShape& s) {
   if (s.kernel_h == 5) {
@@ -369,13 +374,13 @@ void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-#define FASTCV_WINOGRAD(name, P)                                                                                          \
-  int64_t name##_weights(const Conv2dShape& s) { return count_weights<P>(s); }                                             \
-  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) {                                        \
-    functions<P>(s).prepare(s, weight, prepared);                                                                          \
-  }                                                                                                                       \
-  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<P>(s); }                                                 \
-  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<P>(s); }                                              \
+#define FASTCV_WINOGRAD(name, P)                                                    \
+  int64_t name##_weights(const Conv2dShape& s) { return count_weights<P>(s); }      \
+  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { \
+    functions<P>(s).prepare(s, weight, prepared);                                   \
+  }                                                                                 \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<P>(s); }          \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<P>(s); }       \
   void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<P>(conv, begin, end, scratch); }
 
 FASTCV_WINOGRAD(conv2d_winograd, 6)

@@ -1,18 +1,20 @@
 // Winograd's transforms, along one axis of a tile: M output pixels of a convolution with R elements.
 //
-// They depend on P = M + R - 1 input pixels d. Input and filter are taken as polynomials, evaluated at P points, multiplied there, and the product's coefficients recovered (Toom and Cook; Winograd's transposed form):
+// They depend on P = M + R - 1 input pixels d. Input and filter are taken as polynomials, evaluated at P points,
+// multiplied there, and the product's coefficients recovered (Toom and Cook; Winograd's transposed form):
 //     output = A^T [ (G g) * (B^T d) ].
 // B depends on P alone. Along an axis of 1 element tiles are of 1 pixel (P = 1), and nothing is transformed.
 //
-// The points are 0, +-p_1, +-p_2, ... and infinity, so that each pair shares its even and its odd part (for P = 5, which has
-// one point more than pairs, they are 0, +-1, 2 and infinity, and written out). With F(x) = prod_i (x^2 - p_i^2):
+// The points are 0, +-p_1, +-p_2, ... and infinity, so that each pair shares its even and its odd part (for P = 5,
+// which has one point more than pairs, they are 0, +-1, 2 and infinity, and written out). With F(x) = prod_i (x^2 -
+// p_i^2):
 //     B^T:  F for 0; x (x +- p) F / (x^2 - p^2) for +-p; x F for infinity (a row holds a polynomial's coefficients)
 //     G:    x^j / (derivative of x F at x)
 //     A^T:  x^k.
 // Points only have to differ, and rounding errors depend much on them: an output's error grows with
 //     sum over points of (A_k)^2 |B row|^2 |G row|^2 / R,
-// of both axes multiplied. Searched over sixteenths, the standard deviation of rounding, in that of the direct sum's terms,
-// of the worst output of a tile (and of the mean one):
+// of both axes multiplied. Searched over sixteenths, the standard deviation of rounding, in that of the direct sum's
+// terms, of the worst output of a tile (and of the mean one):
 //     F(2x2, 3x3), F(3x3, 2x2)   0, +-1          about the direct sum's
 //     F(4x4, 3x3)   0, +-11/16, +-3/2   7.5 (4.8);   0, +-1, +-2 of the paper   31 (11)
 //     F(2x2, 5x5)   0, +-11/16, +-3/2   5.6 (5.3);   0, +-1, +-2                20 (12)

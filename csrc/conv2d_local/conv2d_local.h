@@ -35,11 +35,12 @@ FASTCV_EACH_ISA(
     // Output pixels begin <= p < end of OH * OW, for all images.
     template <class T> void conv2d_local_forward(const Conv2dLocal<T>& task, int64_t begin, int64_t end,
                                                  const FeatureMap<T>& output, accumulate_t<T>* scratch);
-    template <class T> void conv2d_local_weight_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end, T* gradient,
-                                                         accumulate_t<T>* scratch);
+    template <class T> void conv2d_local_weight_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end,
+                                                         T* gradient, accumulate_t<T>* scratch);
     // Gradients of the pixels' patches, [OH * OW][N][C][KH * KW], and planes begin <= i < end of N * C of the input's,
     // summed from them.
-    template <class T> void conv2d_local_patch_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end,
-                                                        accumulate_t<T>* patches);
-    template <class T> void conv2d_local_fold(const Conv2dLocalShape& shape, const accumulate_t<T>* patches, int64_t begin,
-                                              int64_t end, const FeatureMap<T>& gradient, accumulate_t<T>* scratch);)
+    template <class T>
+    void conv2d_local_patch_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end, accumulate_t<T>* patches);
+    template <class T>
+    void conv2d_local_fold(const Conv2dLocalShape& shape, const accumulate_t<T>* patches, int64_t begin, int64_t end,
+                           const FeatureMap<T>& gradient, accumulate_t<T>* scratch);)

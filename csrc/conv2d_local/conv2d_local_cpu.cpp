@@ -25,18 +25,20 @@ Conv2dLocalShape make_shape(const Sizes& input, const Sizes& output, const Sizes
                   "stride, padding, dilation: expected two numbers each");
   const Conv2dLocalShape s{input[0],  input[1],  input[2],  input[3],   weight[0],  weight[1],   weight[2],  weight[4],
                            weight[5], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-  STD_TORCH_CHECK(is_window(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h) &&
-                      is_window(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w),
-                  "weight, stride, dilation: expected positive sizes; padding: numbers that are not negative; all and the "
-                  "reach of the kernel below 2^31");
+  STD_TORCH_CHECK(
+      is_window(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h) &&
+          is_window(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w),
+      "weight, stride, dilation: expected positive sizes; padding: numbers that are not negative; all and the "
+      "reach of the kernel below 2^31");
   const auto fits = [](int64_t in, int64_t out, int64_t kernel, int64_t step, int64_t pad, int64_t dilation) {
     const int64_t rest = in + 2 * pad - dilation * (kernel - 1) - 1;
     return rest >= 0 && out == rest / step + 1;
   };
-  STD_TORCH_CHECK(weight[3] == s.channels && fits(s.height, s.out_height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h) &&
+  STD_TORCH_CHECK(weight[3] == s.channels &&
+                      fits(s.height, s.out_height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h) &&
                       fits(s.width, s.out_width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w),
-                  "weight: expected [OH, OW, K, ", s.channels, ", KH, KW] with OH x OW as the input of ", s.height, " x ",
-                  s.width, " gives");
+                  "weight: expected [OH, OW, K, ", s.channels, ", KH, KW] with OH x OW as the input of ", s.height,
+                  " x ", s.width, " gives");
   STD_TORCH_CHECK(output[0] == s.images && output[1] == s.out_channels && output[2] == s.out_height &&
                       output[3] == s.out_width,
                   "grad: expected shape [", s.images, ", ", s.out_channels, ", ", s.out_height, ", ", s.out_width, "]");
@@ -80,7 +82,8 @@ Tensor conv2d_local_cpu(const Tensor& input, const Tensor& weight_any, const Siz
 Tensor conv2d_local_input_backward_cpu(const Tensor& grad, const Tensor& weight_any, const Sizes& input_size,
                                        const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
   check_type(weight_any, "weight", grad);
-  STD_TORCH_CHECK(input_size.size() == 2 && weight_any.dim() == 6 && grad.dim() == 4, "input_size: expected two numbers");
+  STD_TORCH_CHECK(input_size.size() == 2 && weight_any.dim() == 6 && grad.dim() == 4,
+                  "input_size: expected two numbers");
   const Sizes size{grad.size(0), weight_any.size(3), input_size[0], input_size[1]};
   const Conv2dLocalShape s = make_shape(size, size_of(grad), size_of(weight_any), stride, padding, dilation);
   const Tensor weight = torch::stable::contiguous(weight_any);

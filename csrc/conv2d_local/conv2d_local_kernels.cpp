@@ -102,8 +102,8 @@ void dot_tile(const T* weight, const Acc<T>* patches, int64_t step, int64_t dept
 }
 
 template <int R, class T>
-void dot_rows(const T* weight, const Acc<T>* patches, int64_t step, int64_t depth, int64_t k, int64_t first, int64_t images,
-              int64_t p, int64_t width, const FeatureMap<T>& output) {
+void dot_rows(const T* weight, const Acc<T>* patches, int64_t step, int64_t depth, int64_t k, int64_t first,
+              int64_t images, int64_t p, int64_t width, const FeatureMap<T>& output) {
   for (int64_t n = 0; n < images; n += 4) {
     const Acc<T>* const x = patches + n * step;
     switch (min_of(4, images - n)) {
@@ -138,7 +138,8 @@ void conv2d_local_forward(const Conv2dLocal<T>& task, int64_t begin, int64_t end
 }
 
 template <class T>
-void conv2d_local_weight_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end, T* gradient, Acc<T>* scratch) {
+void conv2d_local_weight_gradient(const Conv2dLocal<T>& task, int64_t begin, int64_t end, T* gradient,
+                                  Acc<T>* scratch) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const Conv2dLocalShape& s = task.shape;
@@ -205,12 +206,13 @@ void conv2d_local_fold(const Conv2dLocalShape& s, const Acc<T>* patches, int64_t
   }
 }
 
-#define FASTCV_INSTANTIATE(T)                                                                                            \
-  template int64_t conv2d_local_scratch<T>(const Conv2dLocalShape&);                                                     \
-  template void conv2d_local_forward<T>(const Conv2dLocal<T>&, int64_t, int64_t, const FeatureMap<T>&, Acc<T>*);         \
-  template void conv2d_local_weight_gradient<T>(const Conv2dLocal<T>&, int64_t, int64_t, T*, Acc<T>*);                   \
-  template void conv2d_local_patch_gradient<T>(const Conv2dLocal<T>&, int64_t, int64_t, Acc<T>*);                        \
-  template void conv2d_local_fold<T>(const Conv2dLocalShape&, const Acc<T>*, int64_t, int64_t, const FeatureMap<T>&, Acc<T>*);
+#define FASTCV_INSTANTIATE(T)                                                                                        \
+  template int64_t conv2d_local_scratch<T>(const Conv2dLocalShape&);                                                 \
+  template void conv2d_local_forward<T>(const Conv2dLocal<T>&, int64_t, int64_t, const FeatureMap<T>&, Acc<T>*);     \
+  template void conv2d_local_weight_gradient<T>(const Conv2dLocal<T>&, int64_t, int64_t, T*, Acc<T>*);               \
+  template void conv2d_local_patch_gradient<T>(const Conv2dLocal<T>&, int64_t, int64_t, Acc<T>*);                    \
+  template void conv2d_local_fold<T>(const Conv2dLocalShape&, const Acc<T>*, int64_t, int64_t, const FeatureMap<T>&, \
+                                     Acc<T>*);
 FASTCV_INSTANTIATE(float)
 FASTCV_INSTANTIATE(double)
 FASTCV_INSTANTIATE(half_t)

@@ -1,21 +1,21 @@
 // Transposed convolution in float32: what its kernels share.
 //
 // Input pixel i of an axis adds to outputs o = stride * i + dilation * k - pad, k < kernel. Written in u = o + pad =
-// stride * q + r, with block q and phase r < stride, an output sums the kernel elements with dilation * k = r modulo stride.
-// They are every (stride / gcd(stride, dilation))-th from a first one, and the input pixels that they meet are every
-// (dilation / gcd)-th: each phase is a plain convolution with stride 1 and a small kernel, whose outputs lie `stride` pixels
-// apart. No product with a zero between pixels is made, and results are written to where they belong.
+// stride * q + r, with block q and phase r < stride, an output sums the kernel elements with dilation * k = r modulo
+// stride. They are every (stride / gcd(stride, dilation))-th from a first one, and the input pixels that they meet are
+// every (dilation / gcd)-th: each phase is a plain convolution with stride 1 and a small kernel, whose outputs lie
+// `stride` pixels apart. No product with a zero between pixels is made, and results are written to where they belong.
 //
-// A transposed convolution is described by Conv2dShape and Conv2d, in which stride, pad, dilation and the sizes of the output
-// are its own, and weights are [C, K / groups, KH, KW].
+// A transposed convolution is described by Conv2dShape and Conv2d, in which stride, pad, dilation and the sizes of the
+// output are its own, and weights are [C, K / groups, KH, KW].
 #pragma once
 
 #include "../conv2d/conv2d.h"
 
 namespace fastcv {
 
-// Neighbouring phases of one axis that read the same input. Tap t < taps of phase first + i meets input q + base - t * step
-// with kernel element kernel + i + t * kernel_step.
+// Neighbouring phases of one axis that read the same input. Tap t < taps of phase first + i meets input q + base - t *
+// step with kernel element kernel + i + t * kernel_step.
 struct PhaseRun {
   int64_t first, count, taps;
   int64_t base, step, kernel, kernel_step;

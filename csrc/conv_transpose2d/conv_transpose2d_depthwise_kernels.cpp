@@ -1,11 +1,12 @@
 // Transposed convolution with one input and one output channel to a group: learned or bilinear upsampling.
 //
-// A block of outputs in one row, [phases_x][channels], is one run of memory in the output and, for each tap, in the weights
-// [KH][KW][channels]: a vector of it is the sum over the taps of a vector of weights times the input pixel's channels, which
-// repeat from phase to phase. So that a vector may begin at any channel, where a pixel is no whole number of vectors, input
-// rows are first copied with as many channels repeated after each pixel. The weights that a row needs stay in the
-// first-level cache for all its blocks. With 2x2 taps kBlocks blocks are computed together, which share weights and
-// neighbouring pixels: 14 loads and 4 stores for 16 multiply-adds. Then writing the output to memory bounds it.
+// A block of outputs in one row, [phases_x][channels], is one run of memory in the output and, for each tap, in the
+// weights [KH][KW][channels]: a vector of it is the sum over the taps of a vector of weights times the input pixel's
+// channels, which repeat from phase to phase. So that a vector may begin at any channel, where a pixel is no whole
+// number of vectors, input rows are first copied with as many channels repeated after each pixel. The weights that a
+// row needs stay in the first-level cache for all its blocks. With 2x2 taps kBlocks blocks are computed together, which
+// share weights and neighbouring pixels: 14 loads and 4 stores for 16 multiply-adds. Then writing the output to memory
+// bounds it.
 #include "../conv2d/conv2d_epilogue.h"
 #include "conv_transpose2d.h"
 
@@ -47,8 +48,8 @@ struct Row {
 
 // Columns first to last of a block. T: taps along both axes, 0: taps_y and taps_x.
 template <int T>
-FASTCV_INLINE void run_columns(const Conv2d& conv, const Row& row, int64_t taps_y, int64_t taps_x, const float* input, const float* weight,
-                               int64_t first, int64_t last, float* output, const float* residual) {
+FASTCV_INLINE void run_columns(const Conv2d& conv, const Row& row, int64_t taps_y, int64_t taps_x, const float* input,
+                               const float* weight, int64_t first, int64_t last, float* output, const float* residual) {
   const int64_t channels = conv.shape.channels;
   const Bounds bounds(conv.activation);
   const Vec<float> low = broadcast(bounds.low), high = broadcast(bounds.high);
@@ -61,7 +62,8 @@ FASTCV_INLINE void run_columns(const Conv2d& conv, const Row& row, int64_t taps_
     for (int64_t ty = 0; ty < (T ? T : taps_y); ++ty, in_y -= row.step_y, w_y += row.weight_y) {
       const float *in = in_y, *w = w_y;
 #pragma GCC unroll 2
-      for (int64_t tx = 0; tx < (T ? T : taps_x); ++tx, in -= row.step_x, w += row.weight_x) sum = fma(load(in), load(w), sum);
+      for (int64_t tx = 0; tx < (T ? T : taps_x); ++tx, in -= row.step_x, w += row.weight_x)
+        sum = fma(load(in), load(w), sum);
     }
     if (exact && at + L <= last)
       store(output + at, min(high, max(low, sum)));
@@ -72,8 +74,8 @@ FASTCV_INLINE void run_columns(const Conv2d& conv, const Row& row, int64_t taps_
 }
 
 // The same of kBlocks blocks, `next` apart in the output, with 2x2 taps; whole vectors, then what is left.
-FASTCV_INLINE void run_blocks(const Conv2d& conv, const Row& row, const Bounds& bounds, const float* input, const float* weight,
-                              int64_t first, int64_t last, float* output, int64_t next) {
+FASTCV_INLINE void run_blocks(const Conv2d& conv, const Row& row, const Bounds& bounds, const float* input,
+                              const float* weight, int64_t first, int64_t last, float* output, int64_t next) {
   const int64_t channels = conv.shape.channels;
   const Vec<float> low = broadcast(bounds.low), high = broadcast(bounds.high);
   int64_t c = first % channels;
@@ -109,20 +111,24 @@ FASTCV_INLINE void run_blocks(const Conv2d& conv, const Row& row, const Bounds& 
 void run_row(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const Row& row, int64_t image, int64_t oy) {
   const Conv2dShape& s = conv.shape;
   const PhaseRun& x = runs.x;
-  const bool joined = conv.output.stride_x == s.channels && (!conv.residual.data || conv.residual.stride_x == s.channels);
+  const bool joined =
+      conv.output.stride_x == s.channels && (!conv.residual.data || conv.residual.stride_x == s.channels);
   const int64_t pixels = joined ? x.count : 1;  // of the output in one go
   const Bounds bounds(conv.activation);
   const bool plain = bounds.exact && !conv.residual.data && row.taps_y == 2 && x.taps == 2 && x.step == 1;
   for (int64_t q = p.x.begin; q < p.x.end; ++q) {
     // Taps t with 0 <= q + base - t * step < width.
     const int64_t reach = q + x.base, after = reach - (s.width - 1);
-    const int64_t from = after > 0 ? ceil_div(after, x.step) : 0, to = reach < 0 ? 0 : min_of(x.taps, reach / x.step + 1);
+    const int64_t from = after > 0 ? ceil_div(after, x.step) : 0,
+                  to = reach < 0 ? 0 : min_of(x.taps, reach / x.step + 1);
     const int64_t taps = max_of(0, to - from);
     const int64_t ahead = q + kBlocks - 1, left = q * s.stride_w + x.first - s.pad_w;
-    if (plain && taps == 2 && left >= 0 && ahead + x.base < s.width && left + (kBlocks - 1) * s.stride_w + x.count <= s.out_width) {
+    if (plain && taps == 2 && left >= 0 && ahead + x.base < s.width &&
+        left + (kBlocks - 1) * s.stride_w + x.count <= s.out_width) {
       for (int64_t i = 0; i < x.count; i += pixels)
-        run_blocks(conv, row, bounds, row.input + reach * row.pixel, row.weight, i * s.channels, (i + pixels) * s.channels,
-                   pixel(conv.output, image, oy, left + i) - i * s.channels, s.stride_w * conv.output.stride_x);
+        run_blocks(conv, row, bounds, row.input + reach * row.pixel, row.weight, i * s.channels,
+                   (i + pixels) * s.channels, pixel(conv.output, image, oy, left + i) - i * s.channels,
+                   s.stride_w * conv.output.stride_x);
       q = ahead;
       continue;
     }
@@ -137,7 +143,8 @@ void run_row(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const Row
       if (row.taps_y == 2 && taps == 2)
         run_columns<2>(conv, row, 2, 2, input, weight, first * s.channels, last * s.channels, output, residual);
       else
-        run_columns<0>(conv, row, row.taps_y, taps, input, weight, first * s.channels, last * s.channels, output, residual);
+        run_columns<0>(conv, row, row.taps_y, taps, input, weight, first * s.channels, last * s.channels, output,
+                       residual);
     }
   }
 }
@@ -155,7 +162,8 @@ int64_t strip_width(const Conv2dShape& s, const Plan& p) { return s.width * p.re
 int64_t weight_row(const Conv2dShape& s, const PhaseRuns& runs) { return runs.x.count * s.channels; }
 
 // Blocks y to y + height of an image.
-void run_task(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, int64_t image, int64_t y, int64_t height, float* scratch) {
+void run_task(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, int64_t image, int64_t y, int64_t height,
+              float* scratch) {
   const Conv2dShape& s = conv.shape;
   float *const bias = scratch, *const strip = scratch + s.channels + L;
   memset(bias, 0, size_t(s.channels + L) * sizeof(float));
@@ -164,7 +172,8 @@ void run_task(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, int64_t 
   if (p.repeated)
     for (int64_t i = max_of(0, top); i < min_of(s.height, y + height + runs.y.base); ++i)
       for (int64_t x = 0; x < s.width; ++x)
-        copy_repeated(pixel(conv.input, image, i, x), s.channels, strip + (i - top) * strip_width(s, p) + x * p.repeated);
+        copy_repeated(pixel(conv.input, image, i, x), s.channels,
+                      strip + (i - top) * strip_width(s, p) + x * p.repeated);
   Row row{};
   row.bias = bias, row.pixel = p.repeated ? p.repeated : conv.input.stride_x;
   const int64_t line = p.repeated ? strip_width(s, p) : conv.input.stride_y;
@@ -190,19 +199,23 @@ int64_t conv_transpose2d_depthwise_weights(const Conv2dShape& s, const PhaseRuns
   return runs.y.count * runs.y.taps * runs.x.taps * weight_row(s, runs) + L;  // the last vector may reach over the end
 }
 
-void conv_transpose2d_depthwise_prepare(const Conv2dShape& s, const PhaseRuns& runs, const float* weight, float* prepared) {
+void conv_transpose2d_depthwise_prepare(const Conv2dShape& s, const PhaseRuns& runs, const float* weight,
+                                        float* prepared) {
   for (int64_t y = 0; y < runs.y.count; ++y)
     for (int64_t ty = 0; ty < runs.y.taps; ++ty)
       for (int64_t tx = 0; tx < runs.x.taps; ++tx)
         for (int64_t x = 0; x < runs.x.count; ++x)
           for (int64_t c = 0; c < s.channels; ++c) {
-            const int64_t ky = runs.y.kernel + y + ty * runs.y.kernel_step, kx = runs.x.kernel + x + tx * runs.x.kernel_step;
+            const int64_t ky = runs.y.kernel + y + ty * runs.y.kernel_step,
+                          kx = runs.x.kernel + x + tx * runs.x.kernel_step;
             *prepared++ = weight[(c * s.kernel_h + ky) * s.kernel_w + kx];
           }
   memset(prepared, 0, L * sizeof(float));
 }
 
-int64_t conv_transpose2d_depthwise_tasks(const Conv2dShape& s, const PhaseRuns& runs) { return s.images * Plan(s, runs).tasks_y; }
+int64_t conv_transpose2d_depthwise_tasks(const Conv2dShape& s, const PhaseRuns& runs) {
+  return s.images * Plan(s, runs).tasks_y;
+}
 
 int64_t conv_transpose2d_depthwise_scratch(const Conv2dShape& s, const PhaseRuns& runs) {
   const Plan p(s, runs);

@@ -1,14 +1,15 @@
 // Transposed convolution with few output channels: phases side by side as columns of one matrix product.
 //
-// The phases of `runs` read the same input, taps_y x taps_x pixels of C / groups channels. So a block of outputs is one row
-// of a product with depth taps_y * taps_x * C / groups and phases_y * phases_x * K / groups columns, in this order: 64x64
-// with stride 32 and 21 classes has 21504 columns, 84 deep, and all lanes of its vectors are used, where one phase would
-// fill 21 of 32. Arithmetic bounds it. Columns of one row of phases lie side by side in the output too (in one group), so
-// that storing a tile is a copy of long runs, cut at the border of the output; it adds about 3 operations to the depth.
+// The phases of `runs` read the same input, taps_y x taps_x pixels of C / groups channels. So a block of outputs is one
+// row of a product with depth taps_y * taps_x * C / groups and phases_y * phases_x * K / groups columns, in this order:
+// 64x64 with stride 32 and 21 classes has 21504 columns, 84 deep, and all lanes of its vectors are used, where one
+// phase would fill 21 of 32. Arithmetic bounds it. Columns of one row of phases lie side by side in the output too (in
+// one group), so that storing a tile is a copy of long runs, cut at the border of the output; it adds about 3
+// operations to the depth.
 //
-// As in conv2d_gemm.h, weights lie in panels of columns, the input of a block is copied with zeros for what is outside the
-// map, and a tile of sums stays in registers over the whole depth. A task is a block of an image and group times some
-// panels; a panel is used for all its pixels in turn.
+// As in conv2d_gemm.h, weights lie in panels of columns, the input of a block is copied with zeros for what is outside
+// the map, and a tile of sums stays in registers over the whole depth. A task is a block of an image and group times
+// some panels; a panel is used for all its pixels in turn.
 //
 // Phases without taps have depth 0: bias, residual and activation alone.
 #include "../conv2d/conv2d_epilogue.h"
@@ -45,7 +46,8 @@ struct Plan {
     const int64_t tasks = s.images * s.groups * tasks_y * tasks_x;
     panel_groups = min_of(panels, ceil_div(kEnoughTasks * s.threads, max_of(1, tasks)));
     group_panels = ceil_div(panels, panel_groups), panel_groups = ceil_div(panels, group_panels);
-    strip_h = height + max_of(0, runs.y.taps - 1) * runs.y.step, strip_w = width + max_of(0, runs.x.taps - 1) * runs.x.step;
+    strip_h = height + max_of(0, runs.y.taps - 1) * runs.y.step,
+    strip_w = width + max_of(0, runs.x.taps - 1) * runs.x.step;
   }
 };
 
@@ -63,7 +65,7 @@ struct Task {
   }
 };
 
-// ---- sums ------------------------------------------------------------------------------------------------------------
+// ---- sums -----------------------------------------------------------------------------------------------------------
 
 struct Tile {
   const float* input;  // of the first block
@@ -107,7 +109,7 @@ void run_vectors(int vectors, int64_t rows, const Tile& t) {
   }
 }
 
-// ---- storing ---------------------------------------------------------------------------------------------------------
+// ---- storing --------------------------------------------------------------------------------------------------------
 
 // A run of columns that lie side by side in the output: some pixels of a row of phases, or (wide maps, groups) one.
 struct Segments {
@@ -115,15 +117,17 @@ struct Segments {
 
   Segments(const Conv2d& conv, const PhaseRuns& runs) {
     const Conv2dShape& s = conv.shape;
-    const bool dense = conv.output.stride_x == s.out_channels && (!conv.residual.data || conv.residual.stride_x == s.out_channels);
+    const bool dense =
+        conv.output.stride_x == s.out_channels && (!conv.residual.data || conv.residual.stride_x == s.out_channels);
     const bool joined = s.groups == 1 && dense;
     in_row = joined ? 1 : runs.x.count, length = joined ? runs.x.count * s.group_outputs() : s.group_outputs();
   }
 };
 
 // Sums of columns first to last of the block (y, x) to the output; those outside it are dropped.
-FASTCV_INLINE void store_block(const Conv2d& conv, const PhaseRuns& runs, const Segments& segments, const Bounds& bounds,
-                               int64_t image, int64_t group, int64_t y, int64_t x, int64_t first, int64_t last, const float* sums) {
+FASTCV_INLINE void store_block(const Conv2d& conv, const PhaseRuns& runs, const Segments& segments,
+                               const Bounds& bounds, int64_t image, int64_t group, int64_t y, int64_t x, int64_t first,
+                               int64_t last, const float* sums) {
   const Conv2dShape& s = conv.shape;
   const int64_t outputs = s.group_outputs();
   const Vec<float> low = broadcast(bounds.low), high = broadcast(bounds.high);
@@ -148,13 +152,14 @@ FASTCV_INLINE void store_block(const Conv2d& conv, const PhaseRuns& runs, const 
   }
 }
 
-// ---- a task ----------------------------------------------------------------------------------------------------------
+// ---- a task ---------------------------------------------------------------------------------------------------------
 
 // The input of a task's blocks: [strip_h][strip_w][channels of the group], zero outside the map.
 void copy_strip(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const Task& t, float* strip) {
   const Conv2dShape& s = conv.shape;
   const int64_t channels = s.group_channels();
-  const int64_t top = t.y + runs.y.base - (runs.y.taps - 1) * runs.y.step, left = t.x + runs.x.base - (runs.x.taps - 1) * runs.x.step;
+  const int64_t top = t.y + runs.y.base - (runs.y.taps - 1) * runs.y.step,
+                left = t.x + runs.x.base - (runs.x.taps - 1) * runs.x.step;
   const int64_t first = min_of(p.strip_w, max_of(0, -left)), last = max_of(first, min_of(p.strip_w, s.width - left));
   for (int64_t i = 0; i < p.strip_h; ++i, strip += p.strip_w * channels) {
     const int64_t y = top + i;
@@ -164,17 +169,19 @@ void copy_strip(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const 
     }
     memset(strip, 0, size_t(first * channels) * sizeof(float));
     if (s.groups == 1 && conv.input.stride_x == channels) {
-      memcpy(strip + first * channels, pixel(conv.input, t.image, y, left + first), size_t((last - first) * channels) * sizeof(float));
+      memcpy(strip + first * channels, pixel(conv.input, t.image, y, left + first),
+             size_t((last - first) * channels) * sizeof(float));
     } else {
       for (int64_t x = first; x < last; ++x)
-        memcpy(strip + x * channels, pixel(conv.input, t.image, y, left + x) + t.group * channels, size_t(channels) * sizeof(float));
+        memcpy(strip + x * channels, pixel(conv.input, t.image, y, left + x) + t.group * channels,
+               size_t(channels) * sizeof(float));
     }
     memset(strip + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));
   }
 }
 
-void run_panel(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const Task& task, int64_t panel, const Segments& segments,
-               const float* strip, float* sums) {
+void run_panel(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const Task& task, int64_t panel,
+               const Segments& segments, const float* strip, float* sums) {
   const Conv2dShape& s = conv.shape;
   const int64_t channels = s.group_channels(), outputs = s.group_outputs(), first = panel * kPanel;
   const int64_t columns = min_of(kPanel, p.columns - first);
@@ -198,7 +205,8 @@ void run_panel(const Conv2d& conv, const PhaseRuns& runs, const Plan& p, const T
       t.input = strip + (y * p.strip_w + x) * channels;
       run_vectors(vectors, rows, t);
       for (int64_t r = 0; r < rows; ++r)
-        store_block(conv, runs, segments, bounds, task.image, task.group, task.y + y, task.x + x + r, first, first + columns, sums + r * kPanel);
+        store_block(conv, runs, segments, bounds, task.image, task.group, task.y + y, task.x + x + r, first,
+                    first + columns, sums + r * kPanel);
       x += rows;
     }
   }
@@ -213,7 +221,8 @@ int64_t conv_transpose2d_merged_weights(const Conv2dShape& s, const PhaseRuns& r
   return s.groups * ceil_div(p.columns, L) * L * p.depth;
 }
 
-void conv_transpose2d_merged_prepare(const Conv2dShape& s, const PhaseRuns& runs, const float* weight, float* prepared) {
+void conv_transpose2d_merged_prepare(const Conv2dShape& s, const PhaseRuns& runs, const float* weight,
+                                     float* prepared) {
   const Plan p(s, runs);
   const int64_t channels = s.group_channels(), outputs = s.group_outputs(), taps = s.kernel_h * s.kernel_w;
   const auto at = [&](int64_t g, int64_t n, int64_t ty, int64_t tx, int64_t c) {
@@ -249,7 +258,8 @@ void conv_transpose2d_merged(const Conv2d& conv, const PhaseRuns& runs, int64_t 
   for (int64_t i = begin; i < end; ++i) {
     const Task task(conv.shape, p, i);
     if (p.depth) copy_strip(conv, runs, p, task, strip);
-    for (int64_t panel = task.panel; panel < task.end_panel; ++panel) run_panel(conv, runs, p, task, panel, segments, strip, sums);
+    for (int64_t panel = task.panel; panel < task.end_panel; ++panel)
+      run_panel(conv, runs, p, task, panel, segments, strip, sums);
   }
 }
 

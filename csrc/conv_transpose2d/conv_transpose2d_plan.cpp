@@ -54,7 +54,8 @@ struct Axis {
 // The convolution of one phase, without threads and skips.
 Conv2dShape phase_shape(const Conv2dShape& s, const Axis& y, const Axis& x) {
   Conv2dShape p{};
-  p.images = s.images, p.channels = s.channels, p.out_channels = s.out_channels, p.groups = s.groups, p.threads = s.threads;
+  p.images = s.images, p.channels = s.channels, p.out_channels = s.out_channels, p.groups = s.groups,
+  p.threads = s.threads;
   p.height = y.size, p.width = x.size, p.out_height = y.out, p.out_width = x.out;
   p.kernel_h = y.kernel, p.kernel_w = x.kernel, p.pad_h = y.pad, p.pad_w = x.pad;
   p.dilation_h = y.dilation, p.dilation_w = x.dilation, p.stride_h = p.stride_w = 1;
@@ -66,7 +67,8 @@ const Conv2dKernel* phase_kernel(const char* name, const Conv2dShape& shape) {
   return kernel ? kernel : conv2d_kernel("gemm", shape);
 }
 
-const char* const kNames[] = {"gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "merged", "bf16", "pixel", "winograd_3x3"};
+const char* const kNames[] = {"gemm",         "winograd", "depthwise", "grouped", "torch",
+                              "winograd_2x2", "merged",   "bf16",      "pixel",   "winograd_3x3"};
 
 constexpr int64_t kLanes = 16;
 
@@ -77,8 +79,9 @@ double separate_cost(const Conv2dShape& s) {
   double cost = 0;
   for (const PhaseRun& y : phase_runs(s.kernel_h, s.stride_h, s.dilation_h, false))
     for (const PhaseRun& x : phase_runs(s.kernel_w, s.stride_w, s.dilation_w, false))
-      cost += double(s.groups) * (double(y.taps * x.taps * s.group_channels() + 4) * double(ceil_div(s.group_outputs(), kLanes)) +
-                                  double(s.group_channels()) / 4);
+      cost += double(s.groups) *
+              (double(y.taps * x.taps * s.group_channels() + 4) * double(ceil_div(s.group_outputs(), kLanes)) +
+               double(s.group_channels()) / 4);
   return cost;
 }
 
@@ -104,7 +107,8 @@ std::vector<Conv2dShape> phase_shapes(const Conv2dShape& s) {
   for (const PhaseRun& y : phase_runs(s.kernel_h, s.stride_h, s.dilation_h, false))
     for (const PhaseRun& x : phase_runs(s.kernel_w, s.stride_w, s.dilation_w, false))
       if (y.taps > 0 && x.taps > 0)
-        shapes.push_back(phase_shape(s, Axis(y, s.stride_h, s.pad_h, s.height, s.out_height), Axis(x, s.stride_w, s.pad_w, s.width, s.out_width)));
+        shapes.push_back(phase_shape(s, Axis(y, s.stride_h, s.pad_h, s.height, s.out_height),
+                                     Axis(x, s.stride_w, s.pad_w, s.width, s.out_width)));
   return shapes;
 }
 
@@ -114,7 +118,8 @@ TransposedKernel best_winograd(const std::vector<Conv2dShape>& phases) {
   for (const Conv2dShape& phase : phases)
     if (phase.kernel_h * phase.kernel_w > 1)
       for (int64_t patch : {4, 5, 6}) cost[patch - 4] += winograd_cost(phase, patch) * (patch == 6 ? 1.2 : 1);
-  const TransposedKernel kernels[] = {TransposedKernel::winograd_2x2, TransposedKernel::winograd_3x3, TransposedKernel::winograd};
+  const TransposedKernel kernels[] = {TransposedKernel::winograd_2x2, TransposedKernel::winograd_3x3,
+                                      TransposedKernel::winograd};
   return kernels[std::min_element(cost, cost + 3) - cost];
 }
 
@@ -127,14 +132,16 @@ TransposedKernel kernel_of_phases(const Conv2dShape& s, Precision precision) {
   if (precision == Precision::fast) precision = Precision::standard;
   const Conv2dKernel* kernel = conv2d_kernel("auto", *largest, precision);
   const TransposedKernel number = number_of(kernel ? kernel->name : "gemm");
-  const bool winograd = number == TransposedKernel::winograd || number == TransposedKernel::winograd_2x2 || number == TransposedKernel::winograd_3x3;
+  const bool winograd = number == TransposedKernel::winograd || number == TransposedKernel::winograd_2x2 ||
+                        number == TransposedKernel::winograd_3x3;
   return winograd && phases.size() > 1 ? best_winograd(phases) : number;
 }
 
 }  // namespace
 
 bool set_transposed_output_size(Conv2dShape& s, int64_t output_padding_h, int64_t output_padding_w) {
-  if (!is_valid_window(s) || !is_window_number(output_padding_h, 0) || !is_window_number(output_padding_w, 0)) return false;
+  if (!is_valid_window(s) || !is_window_number(output_padding_h, 0) || !is_window_number(output_padding_w, 0))
+    return false;
   if (s.stride_h * s.stride_w > kMostPhases || s.height < 1 || s.width < 1) return false;
   s.out_height = (s.height - 1) * s.stride_h - 2 * s.pad_h + window_reach(s.kernel_h, s.dilation_h) + output_padding_h;
   s.out_width = (s.width - 1) * s.stride_w - 2 * s.pad_w + window_reach(s.kernel_w, s.dilation_w) + output_padding_w;
@@ -160,7 +167,8 @@ TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dSh
   return kernel_of_phases(s, precision);
 }
 
-ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel) : shape_(shape), kernel_(kernel) {
+ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel)
+    : shape_(shape), kernel_(kernel) {
   Conv2dShape& s = shape_;
   const bool pixel = kernel == TransposedKernel::pixel;
   const bool joins = kernel == TransposedKernel::merged || (kernel == TransposedKernel::depthwise && !is_plain(s));
@@ -172,11 +180,13 @@ ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKer
       if (kernel == TransposedKernel::merged || bias_only) {
         Part part{Kind::merged, runs};
         part.tasks = FASTCV_PICK(conv_transpose2d_merged_tasks)(s, runs);
-        add(part, FASTCV_PICK(conv_transpose2d_merged_weights)(s, runs), FASTCV_PICK(conv_transpose2d_merged_scratch)(s, runs));
+        add(part, FASTCV_PICK(conv_transpose2d_merged_weights)(s, runs),
+            FASTCV_PICK(conv_transpose2d_merged_scratch)(s, runs));
       } else if (joins) {
         Part part{Kind::depthwise, runs};
         part.tasks = FASTCV_PICK(conv_transpose2d_depthwise_tasks)(s, runs);
-        add(part, FASTCV_PICK(conv_transpose2d_depthwise_weights)(s, runs), FASTCV_PICK(conv_transpose2d_depthwise_scratch)(s, runs));
+        add(part, FASTCV_PICK(conv_transpose2d_depthwise_weights)(s, runs),
+            FASTCV_PICK(conv_transpose2d_depthwise_scratch)(s, runs));
       } else {
         add_phase(runs, kernel);
       }
@@ -190,7 +200,8 @@ ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKer
 
 void ConvTranspose2dPlan::add_phase(const PhaseRuns& runs, TransposedKernel kernel) {
   const Conv2dShape& s = shape_;
-  const Axis y(runs.y, s.stride_h, s.pad_h, s.height, s.out_height), x(runs.x, s.stride_w, s.pad_w, s.width, s.out_width);
+  const Axis y(runs.y, s.stride_h, s.pad_h, s.height, s.out_height),
+      x(runs.x, s.stride_w, s.pad_w, s.width, s.out_width);
   Part part{Kind::phase, runs};
   part.shape = phase_shape(s, y, x);
   part.one_image = kernel == TransposedKernel::pixel && y.out == 1 && x.out == 1 && y.pad == 0 && x.pad == 0;
@@ -211,7 +222,8 @@ void ConvTranspose2dPlan::add(Part part, int64_t weights, int64_t scratch) {
 // [K, C / groups, taps, taps] of a phase, in the order of the input, for its kernel.
 void ConvTranspose2dPlan::prepare_phase(const Part& part, const float* weight, float* prepared) const {
   const Conv2dShape& s = shape_;
-  const int64_t channels = s.group_channels(), outputs = s.group_outputs(), taps_y = part.runs.y.taps, taps_x = part.runs.x.taps;
+  const int64_t channels = s.group_channels(), outputs = s.group_outputs(), taps_y = part.runs.y.taps,
+                taps_x = part.runs.x.taps;
   std::vector<float> of_phase(size_t(s.out_channels * channels * taps_y * taps_x));
   float* to = of_phase.data();
   for (int64_t g = 0; g < s.groups; ++g)
@@ -220,7 +232,8 @@ void ConvTranspose2dPlan::prepare_phase(const Part& part, const float* weight, f
         const float* from = weight + ((g * channels + c) * outputs + k) * s.kernel_h * s.kernel_w;
         for (int64_t ty = taps_y; ty-- > 0;)
           for (int64_t tx = taps_x; tx-- > 0;)
-            *to++ = from[(part.runs.y.kernel + ty * part.runs.y.kernel_step) * s.kernel_w + part.runs.x.kernel + tx * part.runs.x.kernel_step];
+            *to++ = from[(part.runs.y.kernel + ty * part.runs.y.kernel_step) * s.kernel_w + part.runs.x.kernel +
+                         tx * part.runs.x.kernel_step];
       }
   part.kernel->prepare(part.shape, of_phase.data(), prepared);
 }
@@ -261,7 +274,8 @@ void ConvTranspose2dPlan::run(const Conv2d& conv, int64_t begin, int64_t end, fl
     if (even_) {
       part = &parts_[size_t(i % parts)], task = i / parts;
     } else {
-      part = &*std::prev(std::upper_bound(parts_.begin(), parts_.end(), i, [](int64_t n, const Part& p) { return n < p.first; }));
+      part = &*std::prev(
+          std::upper_bound(parts_.begin(), parts_.end(), i, [](int64_t n, const Part& p) { return n < p.first; }));
       task = i - part->first;
     }
     if (part->kind == Kind::phase) {
@@ -270,7 +284,8 @@ void ConvTranspose2dPlan::run(const Conv2d& conv, int64_t begin, int64_t end, fl
     }
     Conv2d whole = conv;
     whole.shape = shape_, whole.weight = conv.weight + part->weight;
-    const auto run = part->kind == Kind::merged ? FASTCV_PICK(conv_transpose2d_merged) : FASTCV_PICK(conv_transpose2d_depthwise);
+    const auto run =
+        part->kind == Kind::merged ? FASTCV_PICK(conv_transpose2d_merged) : FASTCV_PICK(conv_transpose2d_depthwise);
     run(whole, part->runs, task, task + 1, scratch);
   }
 }

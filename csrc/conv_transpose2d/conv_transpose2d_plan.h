@@ -8,9 +8,20 @@
 
 namespace fastcv {
 
-// Numbers are those of fastcv.ops.conv_transpose2d.KERNELS. Names of conv2d's kernels: each phase by it where it serves, by
-// gemm elsewhere.
-enum class TransposedKernel : int64_t { gemm, winograd, depthwise, grouped, torch, winograd_2x2, merged, bf16, pixel, winograd_3x3 };
+// Numbers are those of fastcv.ops.conv_transpose2d.KERNELS. Names of conv2d's kernels: each phase by it where it
+// serves, by gemm elsewhere.
+enum class TransposedKernel : int64_t {
+  gemm,
+  winograd,
+  depthwise,
+  grouped,
+  torch,
+  winograd_2x2,
+  merged,
+  bf16,
+  pixel,
+  winograd_3x3
+};
 
 // The named one, or for "auto" the one that is fastest; torch where none serves.
 TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dShape& shape,
@@ -19,7 +30,8 @@ TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dSh
 // Each phase is looked at, so there must not be billions.
 constexpr int64_t kMostPhases = int64_t(1) << 16;
 
-// Output sizes from the others and these; false where a number is out of range, there are too many phases, or no output.
+// Output sizes from the others and these; false where a number is out of range, there are too many phases, or no
+// output.
 bool set_transposed_output_size(Conv2dShape& shape, int64_t output_padding_h, int64_t output_padding_w);
 
 class ConvTranspose2dPlan {
@@ -28,8 +40,8 @@ class ConvTranspose2dPlan {
 
   TransposedKernel kernel() const { return kernel_; }
 
-  // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone; where dilated, also on
-  // padding and output padding, of which depends whether Winograd's kernel serves a phase.
+  // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone; where dilated, also
+  // on padding and output padding, of which depends whether Winograd's kernel serves a phase.
   int64_t weights() const { return weights_; }
   void prepare(const float* weight, float* prepared) const;
   int64_t tasks() const { return tasks_; }

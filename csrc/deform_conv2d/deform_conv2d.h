@@ -39,8 +39,8 @@ struct DeformConv2dShape {
 #undef FASTCV_MEMBER
 };
 
-// The input is read in place in one of two ways: as planes (stride of w is 1, width at least 2) or channels-last (stride
-// of c is 1).
+// The input is read in place in one of two ways: as planes (stride of w is 1, width at least 2) or channels-last
+// (stride of c is 1).
 template <class T>
 struct DeformConv2dInput {
   const T* data;

@@ -10,13 +10,13 @@ constexpr int64_t kPlanesScattered = 4;
 constexpr int64_t kDotBlockRows = 96;  // rows of columns that stay in the second-level cache in the weight's gradient
 constexpr int64_t kDotOutputs = 8;     // outputs that stay in the first-level cache there
 
-// ---- a block of channels and pixels ----------------------------------------------------------------------------------
+// ---- a block of channels and pixels ---------------------------------------------------------------------------------
 
 FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Rows of a panel with those that keep panels apart: `tile` rows of all panels are read at a time, and a distance near a
-// multiple of 4096 bytes would put them all in the same sets of the first-level cache.
+// Rows of a panel with those that keep panels apart: `tile` rows of all panels are read at a time, and a distance near
+// a multiple of 4096 bytes would put them all in the same sets of the first-level cache.
 template <class A>
 int64_t pad_rows(int64_t rows, int tile) {
   constexpr int64_t period = 4096 / (kPanel<A> * sizeof(A));

@@ -199,8 +199,8 @@ struct Gradient {
   }
 };
 
-// How much of a row of grad or columns a block takes: more pixels wait less for other threads, but leave the cache. Not a
-// function of the number of threads, on which the result must not depend.
+// How much of a row of grad or columns a block takes: more pixels wait less for other threads, but leave the cache. Not
+// a function of the number of threads, on which the result must not depend.
 constexpr int64_t kBlockBytesPerRow = 4096;
 // Channels that a thread takes at once.
 constexpr int64_t kScatterChannels = 16, kWeightChannels = 8, kBiasOutputs = 32;
@@ -292,7 +292,8 @@ FiveTensors backward(const DeformConv2dShape& s, const Tensor& grad, const Tenso
                   FASTCV_PICK(deform_conv2d_backward_bias<T>)(conv, first, last);
                 });
   }
-  return {grad_input.result(memory_format(input)), grad_weight.result(), grad_offset.result(), grad_mask.result(), grad_bias.result()};
+  return {grad_input.result(memory_format(input)), grad_weight.result(), grad_offset.result(), grad_mask.result(),
+          grad_bias.result()};
 }
 
 FiveTensors deform_conv2d_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& weight,

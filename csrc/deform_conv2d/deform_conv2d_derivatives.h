@@ -1,4 +1,5 @@
-// Derivatives of sampling, with respect to the positions and the mask (sums over channels) and to the input (scattered).
+// Derivatives of sampling, with respect to the positions and the mask (sums over channels) and to the input
+// (scattered).
 #pragma once
 
 #include "deform_conv2d_sample.h"
@@ -18,9 +19,10 @@ struct alignas(64) Totals {
   A y[kPanel<A>], x[kPanel<A>], mask[kPanel<A>];
 };
 
-// ---- planes ----------------------------------------------------------------------------------------------------------
+// ---- planes ---------------------------------------------------------------------------------------------------------
 
-// For channels c < n of `planes`: rows[c] = modulated samples; adds grad[c] times the derivatives of the samples to totals.
+// For channels c < n of `planes`: rows[c] = modulated samples; adds grad[c] times the derivatives of the samples to
+// totals.
 template <bool kKeep, class T, class A>
 void differentiate_planes(const T* planes, int64_t plane_step, int64_t n, int64_t pair_step, const PairTaps<A>& taps,
                           const PairSlopes<A>& slopes, const A* mask, const A* grad, A* rows, int64_t row_step,
@@ -56,9 +58,9 @@ FASTCV_INLINE void add_pair(A* to, const A* weight, A g) {
 
 // Adds weight times grad[c] to the four neighbours of each sample in channels c < n of `planes`.
 //
-// Neighbours of different samples coincide, so they are added one sample after the other. Pixels next to each other often
-// add to overlapping pairs, and a load that overlaps a store in flight waits until that is done: hence channels in the
-// inner loop and the pixels of a panel in strides of a quarter.
+// Neighbours of different samples coincide, so they are added one sample after the other. Pixels next to each other
+// often add to overlapping pairs, and a load that overlaps a store in flight waits until that is done: hence channels
+// in the inner loop and the pixels of a panel in strides of a quarter.
 template <class A>
 void scatter_planes(const A* grad, int64_t row_step, int64_t n, const PairTaps<A>& taps, int64_t pair_step, A* planes,
                     int64_t plane_step) {
@@ -84,7 +86,7 @@ void scatter_planes(const A* grad, int64_t row_step, int64_t n, const PairTaps<A
   }
 }
 
-// ---- channels-last ---------------------------------------------------------------------------------------------------
+// ---- channels-last --------------------------------------------------------------------------------------------------
 
 // Sums over channels, before the lanes are summed.
 template <class A>

@@ -136,13 +136,14 @@ class Tiles {
       const int64_t group = c / in_offset_group, group_end = (group + 1) * in_offset_group;
       const int64_t end = group_end < last ? group_end : last;
       if (panels_[p].offset_group != group) make_taps(group, p);
-      // Planes go by few channels through all kernel elements, whose samples lie near each other: planes of a size that is
-      // a power of two would otherwise drive each other from the cache.
+      // Planes go by few channels through all kernel elements, whose samples lie near each other: planes of a size that
+      // is a power of two would otherwise drive each other from the cache.
       const int64_t step = conv_.input.channels_last ? end - c : kPlanesAtOnce;
       for (int64_t first_of_step = c; first_of_step < end; first_of_step += step) {
         const T* channel = conv_.input.data + first_of_step * conv_.input.stride[1];
         const int64_t n = end - first_of_step < step ? end - first_of_step : step;
-        for (int64_t t = 0; t < taps; ++t) sample_tap(channel, n, p, t, columns_ + ((first_of_step - first) * taps + t) * kP);
+        for (int64_t t = 0; t < taps; ++t)
+          sample_tap(channel, n, p, t, columns_ + ((first_of_step - first) * taps + t) * kP);
       }
       c = end;
     }

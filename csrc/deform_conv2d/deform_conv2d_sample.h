@@ -6,7 +6,7 @@
 namespace fastcv::FASTCV_ISA {
 namespace {
 
-// ---- four lanes: two samples of a plane, each a pair of neighbours --------------------------------------------------------
+// ---- four lanes: two samples of a plane, each a pair of neighbours --------------------------------------------------
 
 template <class A>
 using Quad = typename VecN<A, 4>::type;
@@ -134,7 +134,7 @@ void sample_planes(const T* planes, int64_t plane_step, int64_t n, int64_t pair_
   }
 }
 
-// ---- channels-last: one vector of channels at each corner -------------------------------------------------------------------
+// ---- channels-last: one vector of channels at each corner -----------------------------------------------------------
 
 template <bool kFull, class T>
 FASTCV_INLINE Vec<accumulate_t<T>> load_channels(const T* p, int n) {

@@ -1,7 +1,7 @@
 // Where deformable convolution samples: from offsets to addresses and bilinear weights, once for all channels.
 //
-// Work goes by panels of kPanel consecutive output pixels (counted through all images). For each panel, offset group and
-// kernel element the positions are found in vector form, then turned into what the layout of the input needs:
+// Work goes by panels of kPanel consecutive output pixels (counted through all images). For each panel, offset group
+// and kernel element the positions are found in vector form, then turned into what the layout of the input needs:
 //   planes         PairTaps: a sample is two pairs of horizontal neighbours, each read by one load;
 //   channels-last  CornerTaps: a sample is four pixels, each a vector of channels.
 // A corner outside the input contributes nothing, also where the memory at hand holds infinity or NaN; a NaN among
@@ -14,7 +14,7 @@
 namespace fastcv::FASTCV_ISA {
 namespace {
 
-// ---- output pixels ---------------------------------------------------------------------------------------------------
+// ---- output pixels --------------------------------------------------------------------------------------------------
 
 template <class A>
 struct Pixels {
@@ -109,7 +109,7 @@ FASTCV_INLINE A load_element(const AnyTensor& tensor, int64_t at) {
   return with_type(tensor, [&](auto* data) { return A(to_accumulate(data[at])); });
 }
 
-// ---- positions -------------------------------------------------------------------------------------------------------
+// ---- positions ------------------------------------------------------------------------------------------------------
 
 // Bits of `valid`: corners inside the input.
 enum Corner : int32_t { kUpperLeft = 1, kUpperRight = 2, kLowerLeft = 4, kLowerRight = 8, kAllCorners = 15 };
@@ -180,7 +180,7 @@ void read_positions(const DeformConv2dShape& s, const Pixels<A>& pixels, const A
   find_positions<A, kDerivative>(s, pixels, offset_y, offset_x, tap, to);
 }
 
-// ---- taps for planes ---------------------------------------------------------------------------------------------------
+// ---- taps for planes ------------------------------------------------------------------------------------------------
 
 template <class A>
 struct BitsOf {
@@ -192,7 +192,8 @@ struct BitsOf<double> {
 };
 
 // A sample reads plane[base + 0], [base + 1] (the upper pair) and the same a row below, always inside the plane. At the
-// border the pair is moved inwards and the weights with it; `keep` is zero where a number read is no corner of the sample.
+// border the pair is moved inwards and the weights with it; `keep` is zero where a number read is no corner of the
+// sample.
 template <class A>
 struct alignas(64) PairTaps {
   using Bits = typename BitsOf<A>::type;
@@ -202,9 +203,9 @@ struct alignas(64) PairTaps {
   bool all_inside;
 };
 
-// From what belongs to the low and the high corner along one axis to what belongs to the two numbers of a pair: `shift` is
-// how far the low corner is right of the first number; a number that is no corner gets zero. (Where it is further than 1,
-// no corner is inside, and `keep` is zero.)
+// From what belongs to the low and the high corner along one axis to what belongs to the two numbers of a pair: `shift`
+// is how far the low corner is right of the first number; a number that is no corner gets zero. (Where it is further
+// than 1, no corner is inside, and `keep` is zero.)
 template <class V>
 FASTCV_INLINE void place(int32_t shift, V low, V high, V* first, V* second) {
   *first = shift == 0 ? low : shift < 0 ? high : V(0);
@@ -255,8 +256,8 @@ void pair_weights(const DeformConv2dShape& s, const Positions<A>& from, const Pa
 }
 
 template <class A>
-void make_pair_taps(const DeformConv2dShape& s, const int64_t* stride, const Pixels<A>& pixels, const Positions<A>& from,
-                    bool modulate, PairTaps<A>& to) {
+void make_pair_taps(const DeformConv2dShape& s, const int64_t* stride, const Pixels<A>& pixels,
+                    const Positions<A>& from, bool modulate, PairTaps<A>& to) {
   using Bits = typename PairTaps<A>::Bits;
   int32_t all = kAllCorners;
   for (int i = 0; i < kPanel<A>; ++i) {
@@ -274,7 +275,7 @@ void make_pair_taps(const DeformConv2dShape& s, const int64_t* stride, const Pix
   pair_weights(s, from, to, modulate, Bilinear{}, Bilinear{}, to.upper, to.lower);
 }
 
-// ---- taps for channels-last --------------------------------------------------------------------------------------------
+// ---- taps for channels-last -----------------------------------------------------------------------------------------
 
 // A sample reads pixels base, base + stride_x, base + stride_y and base + stride_y + stride_x, each only where valid.
 template <class A>

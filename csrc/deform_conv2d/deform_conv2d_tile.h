@@ -1,8 +1,8 @@
 // Register-tiled products of small matrices whose columns lie in panels.
 //
-// A panel is kPanel columns (output pixels) of a matrix, stored row by row: [rows][kPanel]. The tile holds kRows x kPanel
-// sums in registers: 16 vectors of 32 with AVX-512 and NEON, 12 of 16 with AVX2, 8 of 16 with SSE2, whose separate
-// multiplication needs a register more.
+// A panel is kPanel columns (output pixels) of a matrix, stored row by row: [rows][kPanel]. The tile holds kRows x
+// kPanel sums in registers: 16 vectors of 32 with AVX-512 and NEON, 12 of 16 with AVX2, 8 of 16 with SSE2, whose
+// separate multiplication needs a register more.
 #pragma once
 
 #include "../common/channel_block.h"
@@ -25,7 +25,7 @@ constexpr int kDotRows = 2;
 #endif
 constexpr int kDotColumns = 4;
 
-// ---- sums over lanes ---------------------------------------------------------------------------------------------------
+// ---- sums over lanes ------------------------------------------------------------------------------------------------
 
 // Sums of L vectors' lanes: lane i of the result is the sum of rows[i].
 template <int S, class V, int L>
@@ -45,7 +45,7 @@ FASTCV_INLINE V sum_lanes(V (&rows)[L]) {
   return rows[0];
 }
 
-// ---- C[r][:] (+)= sum over k of a[r, k] * B[k][:] -----------------------------------------------------------------------
+// ---- C[r][:] (+)= sum over k of a[r, k] * B[k][:] -------------------------------------------------------------------
 
 template <int R, class A>
 void multiply_tile(const A* a, int64_t a_row, int64_t a_step, const A* b, A* c, int64_t depth, bool add) {
@@ -83,7 +83,7 @@ FASTCV_INLINE void multiply_rows(int rows, const A* a, int64_t a_row, int64_t a_
   }
 }
 
-// ---- sums[r * sums_row + k] += sum over panels and their pixels of a[panel][r][:] * b[panel][k][:] -----------------------
+// ---- sums[r * sums_row + k] += sum over panels and their pixels of a[panel][r][:] * b[panel][k][:] ------------------
 
 template <int R, int K, class A>
 void dot_tile(const A* a, int64_t a_panel, const A* b, int64_t b_panel, int64_t panels, A* sums, int64_t sums_row) {

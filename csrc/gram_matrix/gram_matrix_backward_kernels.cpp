@@ -34,7 +34,8 @@ int64_t task_positions(const GramBackward<T>& task) {
 
 // Rows of the result, at row_step, by kGramVectors vectors of columns, `width` of which exist.
 template <int R, class T, class A>
-void product_tile(const A* rows, int64_t row_step, const A* panel, int64_t depth, T* to, int64_t to_step, int64_t width) {
+void product_tile(const A* rows, int64_t row_step, const A* panel, int64_t depth, T* to, int64_t to_step,
+                  int64_t width) {
   constexpr int L = kLanes<A>;
   Vec<A> sum[R][kGramVectors];
 #pragma GCC unroll 16
@@ -119,7 +120,8 @@ int64_t gram_symmetric_size(int64_t channels, bool channels_last) {
 
 template <class A>
 void gram_symmetrize(const A* grad, int64_t channels, A scale, bool channels_last, A* to, int64_t begin, int64_t end) {
-  constexpr int64_t kLine = 64 / sizeof(A), kSquare = kWidth<A> < kLine ? kWidth<A> : kLine;  // whole lines of both matrices
+  // Whole lines of both matrices.
+  constexpr int64_t kLine = 64 / sizeof(A), kSquare = kWidth<A> < kLine ? kWidth<A> : kLine;
   const int64_t columns = channels_last ? ceil_div(channels, kWidth<A>) * kWidth<A> : channels;
   for (int64_t i0 = begin; i0 < end; i0 += kSquare)
     for (int64_t j0 = 0; j0 < columns; j0 += kSquare) {

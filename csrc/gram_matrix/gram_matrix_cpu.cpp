@@ -34,7 +34,8 @@ template <class T>
 GramSums sums_of_map(const FeatureMap<const T>& map, GramKernel<T> kernel) {
   using A = accumulate_t<T>;
   const GramPlan plan = FASTCV_PICK(gram_plan<T>)(map.images, map.channels, map.height * map.width);
-  Tensor sums = empty_cpu({FASTCV_PICK(gram_sums<T>)(plan)}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  Tensor sums =
+      empty_cpu({FASTCV_PICK(gram_sums<T>)(plan)}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* const to = mutable_data<A>(sums);
   parallel_dynamic(plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     const Scratch<A> scratch = allocate_scratch<A>(FASTCV_PICK(gram_scratch<T>)(plan));
@@ -92,12 +93,12 @@ void backward(const Tensor& grad, const Tensor& features, double scale, const Te
   const int64_t strips = (channels + strip - 1) / strip;
   parallel_for(images * strips, 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      FASTCV_PICK(gram_symmetrize<A>)(data<A>(grad) + t / strips * channels * channels, channels, A(scale), channels_last,
-                                      mutable_data<A>(symmetric) + t / strips * size, t % strips * strip,
+      FASTCV_PICK(gram_symmetrize<A>)(data<A>(grad) + t / strips * channels * channels, channels, A(scale),
+                                      channels_last, mutable_data<A>(symmetric) + t / strips * size, t % strips * strip,
                                       std::min(channels, (t % strips + 1) * strip));
   });
-  const GramBackward<T> task{flattened(feature_map<const T>(features)), flattened(feature_map<T>(output)), channels_last,
-                             data<A>(symmetric), size};
+  const GramBackward<T> task{flattened(feature_map<const T>(features)), flattened(feature_map<T>(output)),
+                             channels_last, data<A>(symmetric), size};
   parallel_dynamic(FASTCV_PICK(gram_backward_tasks<T>)(task), 1, [&](int64_t begin, int64_t end) {
     const Scratch<A> scratch = allocate_scratch<A>(FASTCV_PICK(gram_backward_scratch<T>)(task));
     FASTCV_PICK(gram_backward<T>)(task, begin, end, scratch.get());
@@ -123,7 +124,7 @@ Tensor gram_matrix_backward_cpu(const Tensor& grad_any, const Tensor& features_a
   return output;
 }
 
-// ---- style loss ------------------------------------------------------------------------------------------------------
+// ---- style loss -----------------------------------------------------------------------------------------------------
 
 // The differences of Gram matrices from their target, and a quarter of their squares, summed, as a mean over images.
 template <class T>
@@ -159,7 +160,8 @@ std::vector<Tensor> style_loss_cpu(const std::vector<Tensor>& features, const st
     STD_TORCH_CHECK(target.dim() == 3 && (target.size(0) == 1 || target.size(0) == f.size(0)) &&
                         target.size(1) == f.size(1) && target.size(2) == f.size(1),
                     "targets[", l, "]: expected shape [1 or ", f.size(0), ", ", f.size(1), ", ", f.size(1), "]");
-    STD_TORCH_CHECK(f.scalar_type() == features[0].scalar_type(), "features[", l, "]: expected the dtype of features[0]");
+    STD_TORCH_CHECK(f.scalar_type() == features[0].scalar_type(), "features[", l,
+                    "]: expected the dtype of features[0]");
     dispatch_floating(f.scalar_type(), "features", [&](auto zero) {
       const auto [difference, term] = style_layer<decltype(zero)>(f, target);
       results.push_back(difference);

@@ -59,7 +59,7 @@ void gram_sum(const FeatureMap<const T>& map, const GramPlan& plan, int64_t begi
   sum_tasks<false>(map, plan, begin, end, sums, scratch);
 }
 
-// ---- from sums to matrices -------------------------------------------------------------------------------------------
+// ---- from sums to matrices ------------------------------------------------------------------------------------------
 
 namespace {
 

@@ -64,7 +64,8 @@ struct InterpolateBackward {
 FASTCV_EACH_ISA(
     // Tasks begin <= t < end of planes * parts, where planes are images, or images * channels of contiguous maps.
     template <class T> int64_t interpolate_scratch(const Interpolate<T>& task);  // elements
-    template <class T> void interpolate(const Interpolate<T>& task, int64_t begin, int64_t end, accumulate_t<T>* scratch);
+    template <class T>
+    void interpolate(const Interpolate<T>& task, int64_t begin, int64_t end, accumulate_t<T>* scratch);
     template <class T> int64_t interpolate_backward_scratch(const InterpolateBackward<T>& task);
     template <class T> void interpolate_backward(const InterpolateBackward<T>& task, int64_t begin, int64_t end,
                                                  accumulate_t<T>* scratch);)

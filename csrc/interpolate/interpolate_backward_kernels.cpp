@@ -46,7 +46,8 @@ void sum_rows(const InterpolateBackward<T>& task, const T* plane, int64_t y, int
     const T* rows[4] = {};
     Acc<T> weights[4] = {};
     const int n = int(min_of(4, last - k));
-    for (int i = 0; i < n; ++i) rows[i] = plane + task.rows.from[k + i] * task.grad.stride_y, weights[i] = task.rows.weight[k + i];
+    for (int i = 0; i < n; ++i)
+      rows[i] = plane + task.rows.from[k + i] * task.grad.stride_y, weights[i] = task.rows.weight[k + i];
     switch (n) {
       case 1: add_rows<1>(rows, weights, k == first, length, to); break;
       case 2: add_rows<2>(rows, weights, k == first, length, to); break;
@@ -184,7 +185,8 @@ void contiguous_rows(const InterpolateBackward<T>& task, const Repeated* near, c
 
 // NV vectors of an input pixel's channels, `last` of the last one's lanes: all its outputs, row by row.
 template <int NV, class T>
-FASTCV_INLINE void collect(const InterpolateBackward<T>& task, const T* plane, int64_t y, int64_t x, T* to, int64_t last) {
+FASTCV_INLINE void collect(const InterpolateBackward<T>& task, const T* plane, int64_t y, int64_t x, T* to,
+                           int64_t last) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   Vec<A> sum[NV] = {};

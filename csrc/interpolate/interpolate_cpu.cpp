@@ -40,7 +40,8 @@ Axis<A> make_axis(const Mode& mode, int64_t in, int64_t out, double scale) {
     for (int64_t o = 0; o < out; ++o) axis.low[o] = o % (out / in) ? -1 : int32_t(o / (out / in));
   } else if (!mode.bilinear) {
     const float step = scale > 0 ? float(1 / scale) : float(in) / float(out);
-    for (int64_t o = 0; o < out; ++o) axis.low[o] = int32_t(std::min<int64_t>(int64_t(std::floor(float(o) * step)), in - 1));
+    for (int64_t o = 0; o < out; ++o)
+      axis.low[o] = int32_t(std::min<int64_t>(int64_t(std::floor(float(o) * step)), in - 1));
   } else if (!blends) {
     for (int64_t o = 0; o < out; ++o) axis.low[o] = int32_t(o);
   } else {
@@ -151,7 +152,8 @@ Tensor interpolate_cpu(const Tensor& input_any, const std::vector<int64_t>& outp
   const Mode mode = mode_of(mode_name, align_corners);
   const MemoryFormat format = memory_format(input_any);
   const Tensor input = torch::stable::contiguous(input_any, format);  // itself, unless it is strided otherwise
-  Tensor output = empty_cpu({input.size(0), input.size(1), output_size[0], output_size[1]}, input.scalar_type(), format);
+  Tensor output =
+      empty_cpu({input.size(0), input.size(1), output_size[0], output_size[1]}, input.scalar_type(), format);
   if (output.numel() == 0) return output;
   dispatch_floating(input.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);

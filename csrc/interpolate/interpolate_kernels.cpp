@@ -39,7 +39,7 @@ FASTCV_INLINE Vec<float> permute(Vec<float> x, [[maybe_unused]] Vec<int32_t> ind
 #endif
 }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 // Whether each vector of outputs comes from no more than a vector of inputs.
 template <class A>
@@ -112,7 +112,8 @@ struct Lines {
     held[y & 1] = y;
     with_kind(near, task.columns.weight != nullptr, [&](auto is_near, auto blends) {
       for (int64_t o = 0; o < task.output.width; o += kLanes<Acc<T>>)
-        store(to + o, widened<decltype(is_near)::value, decltype(blends)::value>(task.columns, row(y), task.input.width, o));
+        store(to + o,
+              widened<decltype(is_near)::value, decltype(blends)::value>(task.columns, row(y), task.input.width, o));
     });
     return to;
   }
@@ -300,7 +301,7 @@ void blended_pixels_of(const Interpolate<T>& task, const T* plane, int64_t o, T*
     blended_pixels<true, false>(task, upper, lower, task.rows.weight[o], to);
 }
 
-// ---- forward, a task -------------------------------------------------------------------------------------------------
+// ---- forward, a task ------------------------------------------------------------------------------------------------
 
 // Output rows [begin, end) of a plane.
 template <class T>

@@ -52,8 +52,8 @@ Tensor local_response_norm_cpu(const Tensor& input, int64_t size, double alpha, 
   return run(input, nullptr, size, alpha, beta, k);
 }
 
-Tensor local_response_norm_backward_cpu(const Tensor& grad, const Tensor& input, int64_t size, double alpha, double beta,
-                                        double k) {
+Tensor local_response_norm_backward_cpu(const Tensor& grad, const Tensor& input, int64_t size, double alpha,
+                                        double beta, double k) {
   return run(input, &grad, size, alpha, beta, k);
 }
 

@@ -72,7 +72,8 @@ struct AnyExponent {
   template <class A>
   static FASTCV_INLINE Vec<A> power(Vec<A> d, A beta) {
     for (int i = 0; i < kLanes<A>; ++i)
-      d[i] = sizeof(A) == 4 ? A(__builtin_powf(float(d[i]), -float(beta))) : A(__builtin_pow(double(d[i]), -double(beta)));
+      d[i] =
+          sizeof(A) == 4 ? A(__builtin_powf(float(d[i]), -float(beta))) : A(__builtin_pow(double(d[i]), -double(beta)));
     return d;
   }
 };

@@ -43,9 +43,9 @@ FASTCV_EACH_ISA(
     // Rows of the output: begin <= plane * OH + oy < end, or image * OH + oy on channels-last maps.
     template <class T> void max_pool2d_contiguous(const MaxPool<T>& task, int64_t begin, int64_t end);
     template <class T> void max_pool2d_channels_last(const MaxPool<T>& task, int64_t begin, int64_t end);
-    // Writes rows begin <= plane * H + y < end of the map (image * H + y), each element once; returns how many windows it
-    // found to point at the pixels of these rows. If these are not all windows in the end, flat indices point elsewhere
-    // than into their windows, and the map is to be written again by max_unpool2d_anywhere.
+    // Writes rows begin <= plane * H + y < end of the map (image * H + y), each element once; returns how many windows
+    // it found to point at the pixels of these rows. If these are not all windows in the end, flat indices point
+    // elsewhere than into their windows, and the map is to be written again by max_unpool2d_anywhere.
     template <class T> int64_t max_unpool2d_contiguous(const MaxUnpool<T>& task, int64_t begin, int64_t end);
     template <class T> int64_t max_unpool2d_channels_last(const MaxUnpool<T>& task, int64_t begin, int64_t end);
     // The reverse, from maps to windows, rows of windows; which must not meet unless `sum`. Returns the same count.
@@ -63,8 +63,8 @@ struct PlaneStrides {
 
 FASTCV_EACH_ISA(
     // One channel of one image, with indices pointing anywhere; goes by the windows in reading order. Return the first
-    // window whose index is no pixel of the map, or -1. Scratch: H * W sums if `sum`; H * W owners for gathering, or null
-    // where no two windows have one pixel.
+    // window whose index is no pixel of the map, or -1. Scratch: H * W sums if `sum`; H * W owners for gathering, or
+    // null where no two windows have one pixel.
     template <class T> int64_t max_unpool2d_anywhere(const MaxUnpool<T>& task, PlaneStrides map, PlaneStrides windows,
                                                      int64_t image, int64_t channel, accumulate_t<T>* sums);
     template <class T> int64_t max_unpool2d_gather_anywhere(const MaxUnpool<T>& task, PlaneStrides map,

@@ -21,7 +21,8 @@ std::tuple<Tensor, Tensor> max_pool2d_cpu(const Tensor& input_any, FASTCV_WINDOW
                                           int64_t index_bytes) {
   const Window window FASTCV_WINDOW;
   STD_TORCH_CHECK(input_any.dim() == 4, "input: expected shape [N, C, H, W]");
-  STD_TORCH_CHECK(index_bytes == 0 || index_bytes == 1 || index_bytes == 8, "index_bytes: expected 0, 1 or 8, got ", index_bytes);
+  STD_TORCH_CHECK(index_bytes == 0 || index_bytes == 1 || index_bytes == 8, "index_bytes: expected 0, 1 or 8, got ",
+                  index_bytes);
   const MemoryFormat format = memory_format(input_any);
   const Tensor input = with_vectors(input_any, format);
   PoolGeometry g = pool_geometry(window, input.size(2), input.size(3));
@@ -78,7 +79,8 @@ struct Unpooling {
   void anywhere(const Kernel& kernel, bool scratch) const {
     const PoolGeometry& g = task.geometry;
     const int64_t pixels = g.y.input * g.x.input, count = g.y.output * g.x.output, planes = task.images * task.channels;
-    const PlaneStrides map = plane_strides(format, task.channels, pixels), windows = plane_strides(format, task.channels, count);
+    const PlaneStrides map = plane_strides(format, task.channels, pixels),
+                       windows = plane_strides(format, task.channels, count);
     constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
     std::atomic<int64_t> bad{kNone};
     parallel_for(planes, pool_grain(std::max(count, pixels)), [&](int64_t begin, int64_t end) {
@@ -94,11 +96,11 @@ struct Unpooling {
     const int64_t image = bad / count / task.channels, c = bad / count % task.channels, p = bad % count;
     const int64_t element = image * windows.image + c * windows.channel + p * windows.pixel;
     if (task.flat)
-      STD_TORCH_CHECK(false, "indices: expected 0 to ", pixels - 1, ", got ", task.flat[element], " at [", image, ", ", c, ", ",
-                      p / g.x.output, ", ", p % g.x.output, "]");
-    STD_TORCH_CHECK(false, "indices: expected elements of their windows inside the map of ", g.y.input, " x ", g.x.input,
-                    ", got ", int(task.compact[element]), " at [", image, ", ", c, ", ", p / g.x.output, ", ",
-                    p % g.x.output, "]");
+      STD_TORCH_CHECK(false, "indices: expected 0 to ", pixels - 1, ", got ", task.flat[element], " at [", image, ", ",
+                      c, ", ", p / g.x.output, ", ", p % g.x.output, "]");
+    STD_TORCH_CHECK(false, "indices: expected elements of their windows inside the map of ", g.y.input, " x ",
+                    g.x.input, ", got ", int(task.compact[element]), " at [", image, ", ", c, ", ", p / g.x.output,
+                    ", ", p % g.x.output, "]");
   }
 
   void scatter(bool anywhere_at_once) const {
@@ -106,7 +108,8 @@ struct Unpooling {
     if (!anywhere_at_once) {
       MaxUnpool<T> t = task;
       const bool channels_last = format == MemoryFormat::ChannelsLast;
-      const CoveringLists above = windows_by_pixel(g.y), beside = channels_last ? windows_by_pixel(g.x) : windows_by_phase(g.x);
+      const CoveringLists above = windows_by_pixel(g.y),
+                          beside = channels_last ? windows_by_pixel(g.x) : windows_by_phase(g.x);
       t.rows = above.view(), t.columns = beside.view();
       const int64_t found = channels_last
           ? rows(FASTCV_PICK(max_unpool2d_channels_last<T>), t, t.images * g.y.input, g.x.input * t.channels)
@@ -120,10 +123,11 @@ struct Unpooling {
     constexpr int64_t kVectorTaps = 49;  // in larger windows it is quicker to look up each index
     const PoolGeometry& g = task.geometry;
     if ((g.disjoint() || (task.sum && task.compact)) && g.y.kernel * g.x.kernel <= kVectorTaps) {
-      const int64_t found =
-          format == MemoryFormat::ChannelsLast
-              ? rows(FASTCV_PICK(max_unpool2d_gather_channels_last<T>), task, task.images * g.y.output, g.x.output * task.channels)
-              : rows(FASTCV_PICK(max_unpool2d_gather_contiguous<T>), task, task.images * task.channels * g.y.output, g.x.output);
+      const int64_t found = format == MemoryFormat::ChannelsLast
+                                ? rows(FASTCV_PICK(max_unpool2d_gather_channels_last<T>), task,
+                                       task.images * g.y.output, g.x.output * task.channels)
+                                : rows(FASTCV_PICK(max_unpool2d_gather_contiguous<T>), task,
+                                       task.images * task.channels * g.y.output, g.x.output);
       if (found == windows()) return;
     }
     anywhere<int32_t>(FASTCV_PICK(max_unpool2d_gather_anywhere<T>), !task.sum && !(task.compact && g.disjoint()));

@@ -56,8 +56,8 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
       const int n = int(least(L, g.x.output - ox));
       const int64_t x0 = g.x.start(ox), at = task * g.x.output + ox;
       if (t.stream)
-        prefetch_rows(plane.tensor + plane.first + (g.y.start(oy) + 2 * g.y.stride) * plane.stride_y + x0, plane.stride_y,
-                      g.y.stride, L * g.x.stride);
+        prefetch_rows(plane.tensor + plane.first + (g.y.start(oy) + 2 * g.y.stride) * plane.stride_y + x0,
+                      plane.stride_y, g.y.stride, L * g.x.stride);
       // All of a window may be -infinity: its first pixel is the maximum then.
       Vec<Acc<T>> best = broadcast(kLowest<T>);
       Vec<P> index{};

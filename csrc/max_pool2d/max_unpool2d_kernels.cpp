@@ -1,4 +1,5 @@
-// The loops of max unpooling and of the gradients of both: from windows to the pixels that their indices name, and back.
+// The loops of max unpooling and of the gradients of both: from windows to the pixels that their indices name, and
+// back.
 //
 // Towards the map each pixel asks the windows that cover it, in reading order, whether they point at it, and is written
 // once: no zeros before, no two threads at one pixel, and the values of windows that meet are added, or the last one
@@ -355,13 +356,14 @@ int64_t max_unpool2d_gather_anywhere(const MaxUnpool<T>& t, PlaneStrides map, Pl
   return bad;
 }
 
-#define FASTCV_INSTANTIATE(T)                                                                                          \
-  template int64_t max_unpool2d_contiguous<T>(const MaxUnpool<T>&, int64_t, int64_t);                                  \
-  template int64_t max_unpool2d_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                               \
-  template int64_t max_unpool2d_gather_contiguous<T>(const MaxUnpool<T>&, int64_t, int64_t);                           \
-  template int64_t max_unpool2d_gather_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                        \
-  template int64_t max_unpool2d_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t, Acc<T>*); \
-  template int64_t max_unpool2d_gather_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t,  \
+#define FASTCV_INSTANTIATE(T)                                                                                         \
+  template int64_t max_unpool2d_contiguous<T>(const MaxUnpool<T>&, int64_t, int64_t);                                 \
+  template int64_t max_unpool2d_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                              \
+  template int64_t max_unpool2d_gather_contiguous<T>(const MaxUnpool<T>&, int64_t, int64_t);                          \
+  template int64_t max_unpool2d_gather_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                       \
+  template int64_t max_unpool2d_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t,        \
+                                            Acc<T>*);                                                                 \
+  template int64_t max_unpool2d_gather_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t, \
                                                    int32_t*);
 FASTCV_INSTANTIATE(float)
 FASTCV_INSTANTIATE(double)

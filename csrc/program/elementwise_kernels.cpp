@@ -14,7 +14,8 @@ FASTCV_INLINE void map_pixels(const StepTask& t, int64_t begin, int64_t end, con
     const float* a = pixel(t.a, image, y, 0);
     float* out = pixel(t.y, image, y, 0);
     for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, out += t.y.stride_x)
-      each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_n(out + c, f(load_n(a + c, n), c, n), n); });
+      each_vector(t.out.c,
+                  [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_n(out + c, f(load_n(a + c, n), c, n), n); });
   });
 }
 
@@ -69,7 +70,8 @@ void step_mul(const StepTask& t, int64_t begin, int64_t end) {
 
 int64_t step_activate_tasks(const StepTask& t) { return band_tasks(t.out); }
 void step_activate(const StepTask& t, int64_t begin, int64_t end) {
-  map_pixels(t, begin, end, [&](Vec<float> x, int64_t, int) FASTCV_INLINE_LAMBDA { return activate(x, t.activation, t.slope); });
+  map_pixels(t, begin, end,
+             [&](Vec<float> x, int64_t, int) FASTCV_INLINE_LAMBDA { return activate(x, t.activation, t.slope); });
 }
 
 int64_t step_affine_tasks(const StepTask& t) { return band_tasks(t.out); }
@@ -101,7 +103,8 @@ void step_interleave(const StepTask& t, int64_t begin, int64_t end) {
   });
 }
 
-// Tasks are pieces of the channels of an image: 16 lines of the output are written side by side, those of the input read once.
+// Tasks are pieces of the channels of an image: 16 lines of the output are written side by side, those of the input
+// read once.
 constexpr int64_t kFlattened = 64;  // channels of a task
 
 int64_t step_flatten_tasks(const StepTask& t) { return t.in.n * ((t.in.c + kFlattened - 1) / kFlattened); }

@@ -95,7 +95,8 @@ class Placement {
       channel = 0;
       for (int64_t value : step.inputs) {
         const Node& node = nodes_[size_t(value)];
-        if (node.parent < 0 && !is_input(value) && !node.is_output && value != step.output) put(value, step.output, channel);
+        if (node.parent < 0 && !is_input(value) && !node.is_output && value != step.output)
+          put(value, step.output, channel);
         channel += plan_.extents[size_t(value)].c;
       }
     }
@@ -103,7 +104,8 @@ class Placement {
 
   bool may_take(int64_t value, size_t step) const {
     const Node& node = nodes_[size_t(value)];
-    return node.parent < 0 && !node.has_children && !is_input(value) && !node.is_output && node.last_use == int64_t(step);
+    return node.parent < 0 && !node.has_children && !is_input(value) && !node.is_output &&
+           node.last_use == int64_t(step);
   }
 
   void join_in_place() {
@@ -111,12 +113,14 @@ class Placement {
       const Step& step = program_.steps[i];
       const Node& out = nodes_[size_t(step.output)];
       if (out.parent >= 0 || out.has_children || out.is_output) continue;
-      const bool conv = (step.op == Op::conv || step.op == Op::conv_transpose) && step.inputs.size() == 2 && step.inputs[0] != step.inputs[1];
-      const bool elementwise = step.op == Op::add || step.op == Op::mul || step.op == Op::activate || step.op == Op::affine ||
-                               step.op == Op::layer_norm || step.op == Op::prelu;
+      const bool conv = (step.op == Op::conv || step.op == Op::conv_transpose) && step.inputs.size() == 2 &&
+                        step.inputs[0] != step.inputs[1];
+      const bool elementwise = step.op == Op::add || step.op == Op::mul || step.op == Op::activate ||
+                               step.op == Op::affine || step.op == Op::layer_norm || step.op == Op::prelu;
       if (!conv && !elementwise) continue;
       const int64_t value = step.inputs[conv ? 1 : 0];
-      if (may_take(value, i) && plan_.extents[size_t(value)] == plan_.extents[size_t(step.output)]) put(step.output, value, 0);
+      if (may_take(value, i) && plan_.extents[size_t(value)] == plan_.extents[size_t(step.output)])
+        put(step.output, value, 0);
     }
   }
 

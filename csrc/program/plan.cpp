@@ -108,7 +108,8 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t thre
     planned.tasks = planned.conv         ? planned.conv->tasks(planned.shape)
                     : planned.transposed ? planned.transposed->tasks()
                                          : planned.other.tasks(bound.task);
-    const Extent& in = plan.extents[size_t(planned.copy_from >= 0 ? planned.copy_from : program.steps[planned.step].inputs[0])];
+    const Extent& in =
+        plan.extents[size_t(planned.copy_from >= 0 ? planned.copy_from : program.steps[planned.step].inputs[0])];
     if (in.n * in.c * in.h * in.w == 0) planned.tasks = 0;
   }
   return plan;

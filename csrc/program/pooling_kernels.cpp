@@ -35,11 +35,14 @@ void resize_row_bilinear(const StepTask& t, int64_t image, int64_t y) {
   float* out = pixel(t.y, image, y, 0);
   for (int64_t x = 0; x < t.out.w; ++x, out += t.y.stride_x) {
     const Between u = between(x, float(t.ratio_w), align_corners, t.in.w);
-    const float a = (1 - v.part) * (1 - u.part), b = (1 - v.part) * u.part, c = v.part * (1 - u.part), d = v.part * u.part;
+    const float a = (1 - v.part) * (1 - u.part), b = (1 - v.part) * u.part, c = v.part * (1 - u.part),
+                d = v.part * u.part;
     const int64_t left = u.low * t.a.stride_x, right = u.high * t.a.stride_x;
     each_vector(t.out.c, [&](int64_t k, int n) FASTCV_INLINE_LAMBDA {
-      store_n(out + k, a * load_n(top + left + k, n) + b * load_n(top + right + k, n) + c * load_n(bottom + left + k, n) +
-                           d * load_n(bottom + right + k, n), n);
+      store_n(out + k,
+              a * load_n(top + left + k, n) + b * load_n(top + right + k, n) + c * load_n(bottom + left + k, n) +
+                  d * load_n(bottom + right + k, n),
+              n);
     });
   }
 }

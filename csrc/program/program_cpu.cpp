@@ -109,9 +109,9 @@ class Reader {
 struct Arity {
   size_t inputs, most_inputs, params, weights;
 };
-const Arity kArity[] = {{1, 2, 9, 5},  {1, 1, 10, 0}, {1, 1, 10, 0},   {1, 1, 2, 0}, {2, 2, 2, 0}, {2, 2, 2, 0}, {1, 1, 2, 0},
-                        {1, 1, 2, 2}, {1, 1 << 20, 0, 0}, {2, 2, 0, 0}, {1, 1, 2, 0}, {1, 1, 0, 0}, {1, 2, 7, 0}, {1, 1, 1, 2}, {1, 1, 0, 1},
-                        {1, 2, 11, 3}, {3, 4, 4, 0}};
+const Arity kArity[] = {{1, 2, 9, 5}, {1, 1, 10, 0}, {1, 1, 10, 0},      {1, 1, 2, 0},  {2, 2, 2, 0}, {2, 2, 2, 0},
+                        {1, 1, 2, 0}, {1, 1, 2, 2},  {1, 1 << 20, 0, 0}, {2, 2, 0, 0},  {1, 1, 2, 0}, {1, 1, 0, 0},
+                        {1, 2, 7, 0}, {1, 1, 1, 2},  {1, 1, 0, 1},       {1, 2, 11, 3}, {3, 4, 4, 0}};
 
 // Of windows side by side, whose pixels a byte can count.
 bool has_byte_indices(const Step& step) {
@@ -129,8 +129,8 @@ bool are_window_numbers(const Step& step, const std::vector<int64_t>& least) {
 
 void check_step(const Program& program, const Step& step) {
   const Arity& a = kArity[size_t(step.op)];
-  STD_TORCH_CHECK(step.inputs.size() >= a.inputs && step.inputs.size() <= a.most_inputs && step.params.size() == a.params &&
-                      step.weights.size() == a.weights,
+  STD_TORCH_CHECK(step.inputs.size() >= a.inputs && step.inputs.size() <= a.most_inputs &&
+                      step.params.size() == a.params && step.weights.size() == a.weights,
                   "code: a step of kind ", int64_t(step.op), " with other inputs, params or weights than it has");
   for (int64_t weight : step.weights)
     STD_TORCH_CHECK(weight >= -1 && weight < int64_t(program.weights.size()), "code: weight ", weight);
@@ -143,12 +143,14 @@ void check_step(const Program& program, const Step& step) {
   };
   if (step.op == Op::conv) {
     const Weight* w = of(0);
-    STD_TORCH_CHECK(w && (w->size.size() == 4 || w->size.size() == 2), "weights: expected [K, C / groups, KH, KW] or [K, C]");
+    STD_TORCH_CHECK(w && (w->size.size() == 4 || w->size.size() == 2),
+                    "weights: expected [K, C / groups, KH, KW] or [K, C]");
     const auto& p = step.params;
     for (int64_t n : w->size) STD_TORCH_CHECK(n > 0, "weights: expected no empty size");
     STD_TORCH_CHECK(are_window_numbers(step, {1, 1, 0, 0, 1, 1, 1}) && w->size[0] % p[6] == 0,
                     "code: stride, padding, dilation or groups of a convolution");
-    is_vector(1, w->size[0]), is_vector(2, w->size[0]), is_vector(3, w->size[1] * p[6]), is_vector(4, w->size[1] * p[6]);
+    is_vector(1, w->size[0]), is_vector(2, w->size[0]), is_vector(3, w->size[1] * p[6]),
+        is_vector(4, w->size[1] * p[6]);
     STD_TORCH_CHECK((step.weights[3] < 0) == (step.weights[4] < 0), "code: scale and shift of inputs go together");
   } else if (step.op == Op::conv_transpose) {
     const Weight* w = of(0);
@@ -165,7 +167,8 @@ void check_step(const Program& program, const Step& step) {
     is_vector(0, -1), is_vector(1, -1);
     STD_TORCH_CHECK(step.op == Op::layer_norm || (of(0) && of(1)), "code: affine needs scale and shift");
   } else if (step.op == Op::max_pool || step.op == Op::avg_pool) {
-    STD_TORCH_CHECK(are_window_numbers(step, {1, 1, 1, 1, 0, 0, 1, 1}), "code: kernel, stride, padding or dilation of pooling");
+    STD_TORCH_CHECK(are_window_numbers(step, {1, 1, 1, 1, 0, 0, 1, 1}),
+                    "code: kernel, stride, padding or dilation of pooling");
     for (size_t i : {0, 1})
       STD_TORCH_CHECK(2 * step.params[4 + i] <= step.params[i], "code: padding of pooling");
     STD_TORCH_CHECK(step.op == Op::avg_pool || !step.params[8] || has_byte_indices(step), "code: pooling with indices");
@@ -174,7 +177,8 @@ void check_step(const Program& program, const Step& step) {
   }
 }
 
-// code: inputs with their ranks; values; outputs and their ranks; steps of kind, output, and lists of inputs, params, weights.
+// code: inputs with their ranks; values; outputs and their ranks; steps of kind, output, and lists of inputs, params,
+// weights.
 int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights, int64_t precision) {
   auto loaded = std::make_shared<Loaded>();
   Program& p = loaded->program;
@@ -247,8 +251,8 @@ Tensor make_output(const Extent& e, int64_t rank) {
 std::vector<Tensor> program_run(int64_t handle, std::vector<Tensor> inputs) {
   const std::shared_ptr<Loaded> loaded = Registry::instance().get(handle);
   const Program& p = loaded->program;
-  STD_TORCH_CHECK(inputs.size() == loaded->input_ranks.size(), "inputs: expected ", loaded->input_ranks.size(), ", got ",
-                  inputs.size());
+  STD_TORCH_CHECK(inputs.size() == loaded->input_ranks.size(), "inputs: expected ", loaded->input_ranks.size(),
+                  ", got ", inputs.size());
   std::vector<Extent> extents;
   Pointers pointers;
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -291,8 +295,8 @@ std::vector<Tensor> program_run(int64_t handle, std::vector<Tensor> inputs) {
 void program_free(int64_t handle) { Registry::instance().remove(handle); }
 
 // Steps of the last run as rows of numbers: kind (-1: copy), kernel (-1 where there is no choice), nanoseconds,
-// multiply-adds, bytes that are read and written once, the sizes of input and output, kernel, stride, padding, dilation and
-// groups of a convolution, and whether it norms its input. Turns measuring on.
+// multiply-adds, bytes that are read and written once, the sizes of input and output, kernel, stride, padding, dilation
+// and groups of a convolution, and whether it norms its input. Turns measuring on.
 Tensor program_profile(int64_t handle) {
   const std::shared_ptr<Loaded> loaded = Registry::instance().get(handle);
   const std::lock_guard lock(loaded->mutex);
@@ -311,12 +315,34 @@ Tensor program_profile(int64_t handle) {
     const bool conv = s.conv || s.transposed;
     const int64_t weights = conv ? c.out_channels * c.group_channels() * c.kernel_h * c.kernel_w : 0;
     const int64_t pixels = s.transposed ? c.height * c.width : c.out_height * c.out_width;
-    const int64_t work = conv ? c.images * pixels * weights : 0, kernel = s.conv ? s.conv->number : s.transposed ? int64_t(s.transposed->kernel()) : -1;
+    const int64_t work = conv ? c.images * pixels * weights : 0, kernel = s.conv ? s.conv->number
+                                                                          : s.transposed
+                                                                              ? int64_t(s.transposed->kernel())
+                                                                              : -1;
     const int64_t second = step && step->inputs.size() == 2 ? to.n * to.c * to.h * to.w : 0;
     const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + weights + second);
-    const int64_t row[] = {copy ? -1 : int64_t(step->op), kernel, loaded->nanoseconds[size_t(i)], work,
-                           bytes, in.n, in.c, in.h, in.w, to.c, to.h, to.w, c.kernel_h, c.kernel_w, c.stride_h, c.stride_w,
-                           c.pad_h, c.pad_w, c.dilation_h, c.dilation_w, c.groups, s.shape.input_norm};
+    const int64_t row[] = {copy ? -1 : int64_t(step->op),
+                           kernel,
+                           loaded->nanoseconds[size_t(i)],
+                           work,
+                           bytes,
+                           in.n,
+                           in.c,
+                           in.h,
+                           in.w,
+                           to.c,
+                           to.h,
+                           to.w,
+                           c.kernel_h,
+                           c.kernel_w,
+                           c.stride_h,
+                           c.stride_w,
+                           c.pad_h,
+                           c.pad_w,
+                           c.dilation_h,
+                           c.dilation_w,
+                           c.groups,
+                           s.shape.input_norm};
     std::copy(std::begin(row), std::end(row), out);
   }
   return table;

@@ -32,7 +32,9 @@ PixelMap<float> place_map(const Plan& plan, const Pointers& pointers, int64_t va
   return {base + place.channel, e.h * e.w * place.channels, e.w * place.channels, place.channels};
 }
 
-PixelMap<const float> read_only(const PixelMap<float>& map) { return {map.data, map.stride_n, map.stride_y, map.stride_x}; }
+PixelMap<const float> read_only(const PixelMap<float>& map) {
+  return {map.data, map.stride_n, map.stride_y, map.stride_x};
+}
 
 // A map of vectors as one image, a vector to a pixel.
 PixelMap<float> as_image(const PixelMap<float>& map) { return {map.data, 0, 0, map.stride_n}; }
@@ -40,8 +42,8 @@ PixelMap<float> as_image(const PixelMap<float>& map) { return {map.data, 0, 0, m
 Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers) {
   const Step& step = program.steps[planned.step];
   const Extent& in = plan.extents[size_t(step.inputs[0])];
-  const bool vectors = !planned.transposed && in.h == 1 && in.w == 1 && planned.shape.kernel_h == 1 && planned.shape.kernel_w == 1 &&
-                       planned.shape.images == 1 && planned.shape.width == in.n;
+  const bool vectors = !planned.transposed && in.h == 1 && in.w == 1 && planned.shape.kernel_h == 1 &&
+                       planned.shape.kernel_w == 1 && planned.shape.images == 1 && planned.shape.width == in.n;
   Conv2d conv{};
   const auto map = [&](int64_t value) {
     const PixelMap<float> m = place_map(plan, pointers, value);
@@ -123,7 +125,8 @@ void Run::work_step(const BoundStep& step, Counter* counter, int64_t own, float*
   const int64_t tasks = step.planned->tasks;
   std::atomic<int64_t>& done = counter->value;
   for (int64_t i = 0; i < portions; ++i) {
-    const int64_t portion = (own + i) % portions, begin = tasks * portion / portions, end = tasks * (portion + 1) / portions;
+    const int64_t portion = (own + i) % portions, begin = tasks * portion / portions,
+                  end = tasks * (portion + 1) / portions;
     std::atomic<int64_t>& next = counter[1 + portion].value;
     for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
       if (step.planned->conv)

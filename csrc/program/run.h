@@ -1,9 +1,9 @@
 // Running a plan: threads go through its steps together.
 //
-// A step's tasks are cut into as many portions as there are threads. A thread claims tasks of its own portion one by one,
-// then those that are left of others', waits until all are done, and goes to the next step. So a thread mostly reads what
-// it wrote itself, which lies in its own cache. Nobody counts threads: one that comes late joins the step at work, and one
-// alone does everything, so that it does not matter how many the pool gives.
+// A step's tasks are cut into as many portions as there are threads. A thread claims tasks of its own portion one by
+// one, then those that are left of others', waits until all are done, and goes to the next step. So a thread mostly
+// reads what it wrote itself, which lies in its own cache. Nobody counts threads: one that comes late joins the step at
+// work, and one alone does everything, so that it does not matter how many the pool gives.
 #pragma once
 
 #include <atomic>

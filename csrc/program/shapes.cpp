@@ -1,18 +1,18 @@
 // Sizes of what each step computes.
 //
 // Params of steps:
-//     conv                                  stride (2), padding (2), dilation (2), groups, activation, slope
-//     max_pool                              kernel (2), stride (2), padding (2), dilation (2), with indices, ceil_mode
-//     avg_pool                              kernel (2), stride (2), padding (2), dilation (2), count_include_pad, ceil_mode
-//     adaptive_avg_pool                     output height and width, 0: the input's
-//     add, mul, activate, affine            activation, slope
-//     slice                                 first channel, number of channels
-//     resize                                bilinear, align_corners, by (0: size, 1: the second input's, 2: factor), height,
-//                                           width, factors (2)
-//     layer_norm                            epsilon
-//     conv_transpose                        stride (2), padding (2), output padding (2), dilation (2), groups, activation, slope
-//     max_unpool                            kernel (2), which is the stride too; the output as it was asked for: height and
-//                                           width, or 0: as many windows as there are
+//     conv                         stride (2), padding (2), dilation (2), groups, activation, slope
+//     max_pool                     kernel (2), stride (2), padding (2), dilation (2), with indices, ceil_mode
+//     avg_pool                     kernel (2), stride (2), padding (2), dilation (2), count_include_pad, ceil_mode
+//     adaptive_avg_pool            output height and width, 0: the input's
+//     add, mul, activate, affine   activation, slope
+//     slice                        first channel, number of channels
+//     resize                       bilinear, align_corners, by (0: size, 1: the second input's, 2: factor), height,
+//                                  width, factors (2)
+//     layer_norm                   epsilon
+//     conv_transpose               stride (2), padding (2), output padding (2), dilation (2), groups, activation, slope
+//     max_unpool                   kernel (2), which is the stride too; the output as it was asked for: height and
+//                                  width, or 0: as many windows as there are
 #include <cstring>
 
 #include "program.h"
@@ -23,7 +23,8 @@ namespace {
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
 std::string text(const Extent& e) {
-  return "[" + std::to_string(e.n) + ", " + std::to_string(e.c) + ", " + std::to_string(e.h) + ", " + std::to_string(e.w) + "]";
+  return "[" + std::to_string(e.n) + ", " + std::to_string(e.c) + ", " + std::to_string(e.h) + ", " +
+         std::to_string(e.w) + "]";
 }
 
 int64_t pooled(int64_t size, const std::vector<int64_t>& p, int axis) {
@@ -44,19 +45,20 @@ Extent resized(const Step& step, const Extent& in, const Extent* like) {
 // Indices of a pixel are bytes, as many as it has channels, and take the place of so many floats.
 int64_t index_channels(int64_t channels) { return (channels + 3) / 4; }
 
-// Indices count the pixels of a window here, and those of a map in torch: they mean the same in a map of the size pooled.
+// Indices count the pixels of a window here, and those of a map in torch: they mean the same in a map of the size
+// pooled.
 Extent unpooled(const Step& step, const std::vector<Extent>& extents) {
   const auto extent = [&](size_t i) { return extents[size_t(step.inputs[i])]; };
   const Extent in = extent(0), indices = extent(1), from = extent(2);
   const int64_t kh = step.params[0], kw = step.params[1];
   const Extent like = step.inputs.size() > 3 ? extent(3) : Extent{0, 0, step.params[2], step.params[3]};
   const int64_t h = like.h ? like.h : in.h * kh, w = like.w ? like.w : in.w * kw;
-  if (indices.n != in.n || indices.h != in.h || indices.w != in.w || indices.c != index_channels(in.c) || from.n != in.n ||
-      from.c != in.c || (from.h + kh - 1) / kh < in.h || (from.w + kw - 1) / kw < in.w)
+  if (indices.n != in.n || indices.h != in.h || indices.w != in.w || indices.c != index_channels(in.c) ||
+      from.n != in.n || from.c != in.c || (from.h + kh - 1) / kh < in.h || (from.w + kw - 1) / kw < in.w)
     fail("unpooling " + text(in) + " with indices of other maps");
   if (h != from.h || w != from.w)
-    fail("unpooling to " + std::to_string(h) + "x" + std::to_string(w) + " what was pooled from " + std::to_string(from.h) +
-         "x" + std::to_string(from.w) + ": give its size as output_size");
+    fail("unpooling to " + std::to_string(h) + "x" + std::to_string(w) + " what was pooled from " +
+         std::to_string(from.h) + "x" + std::to_string(from.w) + ": give its size as output_size");
   return from;
 }
 
@@ -86,7 +88,8 @@ Conv2dShape conv_shape(const Program& program, const Step& step, const std::vect
   s.groups = p[6], s.input_norm = step.weights[3] >= 0;
   if (in.h == 1 && in.n == 1 && s.kernel_h == 1 && s.kernel_w == 1) s.stride_h = 1;
   if (weight.size[1] * s.groups != s.channels)
-    fail("an input of " + text(in) + " does not fit weights for " + std::to_string(weight.size[1] * s.groups) + " channels");
+    fail("an input of " + text(in) + " does not fit weights for " + std::to_string(weight.size[1] * s.groups) +
+         " channels");
   if (!is_valid_window(s)) fail(std::string("a convolution of ") + text(in) + ": " + kValidWindow);
   if (!set_output_size(s)) fail("an input of " + text(in) + " with its padding is smaller than the kernel");
   return s;
@@ -99,9 +102,12 @@ Conv2dShape transposed_shape(const Program& program, const Step& step, const std
   Conv2dShape s{};
   s.images = in.n, s.channels = in.c, s.height = in.h, s.width = in.w;
   s.out_channels = weight.size[1] * p[8], s.kernel_h = weight.size[2], s.kernel_w = weight.size[3];
-  s.stride_h = p[0], s.stride_w = p[1], s.pad_h = p[2], s.pad_w = p[3], s.dilation_h = p[6], s.dilation_w = p[7], s.groups = p[8];
-  if (weight.size[0] != in.c) fail("an input of " + text(in) + " does not fit weights for " + std::to_string(weight.size[0]) + " channels");
-  if (!set_transposed_output_size(s, p[4], p[5])) fail("a transposed convolution of " + text(in) + " leaves nothing, or too much");
+  s.stride_h = p[0], s.stride_w = p[1], s.pad_h = p[2], s.pad_w = p[3], s.dilation_h = p[6], s.dilation_w = p[7],
+  s.groups = p[8];
+  if (weight.size[0] != in.c)
+    fail("an input of " + text(in) + " does not fit weights for " + std::to_string(weight.size[0]) + " channels");
+  if (!set_transposed_output_size(s, p[4], p[5]))
+    fail("a transposed convolution of " + text(in) + " leaves nothing, or too much");
   return s;
 }
 
@@ -112,7 +118,8 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
     case Op::conv: {
       const Conv2dShape s = conv_shape(program, step, extents);
       const bool vectors = s.images == 1 && s.height == 1 && s.width == in.n && in.h == 1 && in.w == 1;
-      const Extent out = vectors ? Extent{in.n, s.out_channels, 1, 1} : Extent{in.n, s.out_channels, s.out_height, s.out_width};
+      const Extent out =
+          vectors ? Extent{in.n, s.out_channels, 1, 1} : Extent{in.n, s.out_channels, s.out_height, s.out_width};
       if (second && !(*second == out)) fail("a residual of " + text(*second) + " for an output of " + text(out));
       return out;
     }
@@ -139,7 +146,8 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
     case Op::layer_norm:
     case Op::prelu:
       for (int64_t weight : step.weights)
-        if (weight >= 0 && program.weights.at(size_t(weight)).size[0] != in.c) fail("an input of " + text(in) + " does not fit");
+        if (weight >= 0 && program.weights.at(size_t(weight)).size[0] != in.c)
+          fail("an input of " + text(in) + " does not fit");
       return in;
     case Op::activate: return in;
     case Op::cat: {

@@ -1,8 +1,8 @@
-// Max pooling with indices, and unpooling by them, of windows side by side: a byte for each value counts the pixels of its
-// window, i * KW + j. The bytes lie behind the channels of their pixel, so that both are one value of the program.
+// Max pooling with indices, and unpooling by them, of windows side by side: a byte for each value counts the pixels of
+// its window, i * KW + j. The bytes lie behind the channels of their pixel, so that both are one value of the program.
 //
-// Vectors run over channels. Bytes of memory bound both: for a window of 2x2, 16 are read and 5 written for each value of
-// pooling, and the other way round for unpooling.
+// Vectors run over channels. Bytes of memory bound both: for a window of 2x2, 16 are read and 5 written for each value
+// of pooling, and the other way round for unpooling.
 #include "../common/pool_lanes.h"
 #include "steps_tasks.h"
 

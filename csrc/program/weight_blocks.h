@@ -1,7 +1,7 @@
 // Memory for prepared weights: pieces of large blocks, which are freed together.
 //
-// Weights are read once a run, and the processor's prefetching ends where a page does: so they lie on huge pages. A block
-// for each would waste half a huge page on average, 60 MB for a detector.
+// Weights are read once a run, and the processor's prefetching ends where a page does: so they lie on huge pages. A
+// block for each would waste half a huge page on average, 60 MB for a detector.
 #pragma once
 
 #include <algorithm>

@@ -70,21 +70,22 @@ struct PsRoiAlignBackward {
 
 FASTCV_EACH_ISA(
     // Regions begin <= i < end where the map lies; scratch: bins * block channels.
-    template <class T> void ps_roi_align_in_place(const PsRoiAlignForward<T>& task, int64_t begin, int64_t end,
-                                                  accumulate_t<T>* scratch);
+    template <class T>
+    void ps_roi_align_in_place(const PsRoiAlignForward<T>& task, int64_t begin, int64_t end, accumulate_t<T>* scratch);
     // One bin of regions begin <= i < end of one image, one block of channels, of which the whole map is packed into
     // scratch: pixels * block channels. Sums go to tiles, [end - begin][bins][block channels].
-    template <class T> void ps_roi_align_packed(const PsRoiAlignForward<T>& task, int64_t begin, int64_t end, int64_t bin,
-                                                int64_t channel, accumulate_t<T>* scratch, accumulate_t<T>* tiles);
+    template <class T>
+    void ps_roi_align_packed(const PsRoiAlignForward<T>& task, int64_t begin, int64_t end, int64_t bin, int64_t channel,
+                             accumulate_t<T>* scratch, accumulate_t<T>* tiles);
     // From tiles to the output of region i.
-    template <class T> void ps_roi_align_unpack(const PsRoiAlignForward<T>& task, int64_t i, int64_t channel,
-                                                const accumulate_t<T>* tile);
+    template <class T>
+    void ps_roi_align_unpack(const PsRoiAlignForward<T>& task, int64_t i, int64_t channel, const accumulate_t<T>* tile);
     // Writes the gradient of one bin's channels in one block of one image: all regions begin <= i < end of that image.
     // Scratch: pixels * block channels.
-    template <class T> void ps_roi_align_backward_packed(const PsRoiAlignBackward<T>& task, int64_t image, int64_t begin,
-                                                         int64_t end, int64_t bin, int64_t channel,
-                                                         accumulate_t<T>* scratch);
+    template <class T>
+    void ps_roi_align_backward_packed(const PsRoiAlignBackward<T>& task, int64_t image, int64_t begin, int64_t end,
+                                      int64_t bin, int64_t channel, accumulate_t<T>* scratch);
     // Adds the gradient of one bin of regions begin <= i < end where the map lies; for types that accumulate in place.
-    template <class T> void ps_roi_align_backward_in_place(const PsRoiAlignBackward<T>& task, int64_t begin, int64_t end,
-                                                           int64_t bin);
+    template <class T>
+    void ps_roi_align_backward_in_place(const PsRoiAlignBackward<T>& task, int64_t begin, int64_t end, int64_t bin);
     template <class T> int ps_roi_align_block_channels();)

@@ -25,8 +25,8 @@ struct Tap {
   W weight;
 };
 
-// The taps of one region. Those of vertical bin ph are taps[begin[ph]] to taps[begin[ph + 1]]; those of horizontal bin pw
-// are taps[begin[PH + 1 + pw]] to taps[begin[PH + 1 + pw + 1]].
+// The taps of one region. Those of vertical bin ph are taps[begin[ph]] to taps[begin[ph + 1]]; those of horizontal bin
+// pw are taps[begin[PH + 1 + pw]] to taps[begin[PH + 1 + pw + 1]].
 template <class W>
 struct RoiTaps {
   const Tap<W>* taps;
@@ -75,7 +75,8 @@ Tap<W>* append_taps(const RoiAxis<Coordinate>& axis, int64_t bins, int64_t size,
     int64_t i = 0, last = size > 0 ? axis.grid : 0;
     if (axis.bin > 0 && axis.grid > 4) {  // skip samples that are surely outside the map
       const double step = double(axis.bin) / double(axis.grid), slack = 2 + 1e-5 * double(axis.grid);
-      const double low = (-1 - double(bin_start)) / step - slack, high = (double(size) - double(bin_start)) / step + slack;
+      const double low = (-1 - double(bin_start)) / step - slack,
+                   high = (double(size) - double(bin_start)) / step + slack;
       if (low > 0) i = low < double(last) ? int64_t(low) : last;
       if (high < double(last)) last = high > 0 ? int64_t(high) : 0;
     }
@@ -97,8 +98,8 @@ Tap<W>* append_taps(const RoiAxis<Coordinate>& axis, int64_t bins, int64_t size,
         at = Coordinate(low);
       }
       const Coordinate fraction = at - Coordinate(low);
-      // The further one in the direction of travel comes last, so that the next sample finds what it shares with this one
-      // among the last two taps: no index appears twice in a bin, which taps_per_bin() counts on.
+      // The further one in the direction of travel comes last, so that the next sample finds what it shares with this
+      // one among the last two taps: no index appears twice in a bin, which taps_per_bin() counts on.
       if (axis.bin >= 0) {
         add(low, (1 - fraction) * inverse);
         add(high, fraction * inverse);
@@ -137,15 +138,15 @@ FASTCV_EACH_ISA(
     // Regions begin <= i < end on channels-last maps (stride_c == 1 in maps and output).
     template <class T> void roi_align_channels_last(const RoiAlignForward<T>& task, int64_t begin, int64_t end);
     // Channels of one image in one block of lanes; scratch: (pixels + 2 * bins) * block channels.
-    template <class T> void roi_align_packed(const RoiAlignForward<T>& task, int64_t begin, int64_t end, int64_t channel,
-                                             accumulate_t<T>* scratch);
+    template <class T> void roi_align_packed(const RoiAlignForward<T>& task, int64_t begin, int64_t end,
+                                             int64_t channel, accumulate_t<T>* scratch);
     // Region i and one block of channels, packing only the pixels it reads: for few regions. Scratch:
     // (2 * bins + taps of the region + rows x columns that it reads) * block channels.
-    template <class T> void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t channel,
-                                               accumulate_t<T>* scratch);
+    template <class T>
+    void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t channel, accumulate_t<T>* scratch);
     // Writes the gradient of one block of channels of one image: all regions begin <= i < end of that image.
-    template <class T> void roi_align_backward_packed(const RoiAlignBackward<T>& task, int64_t level, int64_t image,
-                                                      int64_t begin, int64_t end, int64_t channel,
-                                                      accumulate_t<T>* scratch);
+    template <class T>
+    void roi_align_backward_packed(const RoiAlignBackward<T>& task, int64_t level, int64_t image, int64_t begin,
+                                   int64_t end, int64_t channel, accumulate_t<T>* scratch);
     // Channels in one block.
     template <class T> int roi_align_block_channels();)

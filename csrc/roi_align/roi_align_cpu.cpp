@@ -10,8 +10,9 @@ namespace {
 using Levels = std::vector<Tensor>;
 
 void check_levels(const Levels& inputs, const std::vector<double>& scales) {
-  STD_TORCH_CHECK(!inputs.empty() && inputs.size() == scales.size(), "inputs: expected one tensor per spatial scale, got ",
-                  inputs.size(), " tensors and ", scales.size(), " scales");
+  STD_TORCH_CHECK(!inputs.empty() && inputs.size() == scales.size(),
+                  "inputs: expected one tensor per spatial scale, got ", inputs.size(), " tensors and ", scales.size(),
+                  " scales");
   for (const Tensor& input : inputs)
     STD_TORCH_CHECK(input.dim() == 4 && input.size(0) == inputs[0].size(0) && input.size(1) == inputs[0].size(1) &&
                         input.scalar_type() == inputs[0].scalar_type() &&
@@ -47,8 +48,9 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
   }
   const int64_t count = boxes.size(0), channels = inputs[0].size(1), bins = g.pooled_height * g.pooled_width;
   const bool stream = output.stride(1) == bins && output.numel() * int64_t(sizeof(T)) >= kStreamBytes;
-  const RoiAlignForward<T> task{maps.data(),      plan.rois.data(), g.pooled_height,  g.pooled_width, mutable_data<T>(output),
-                                output.stride(0), output.stride(1), output.stride(3), stream};
+  const RoiAlignForward<T> task{maps.data(),      plan.rois.data(),        g.pooled_height,
+                                g.pooled_width,   mutable_data<T>(output), output.stride(0),
+                                output.stride(1), output.stride(3),        stream};
   if (channels_last) {
     parallel_dynamic(count, 8, [&](int64_t begin, int64_t end) {
       FASTCV_PICK(roi_align_channels_last<T>)(task, begin, end);
@@ -133,10 +135,12 @@ void backward(const Tensor& grad, const Tensor& boxes, const RoiGeometry& g, con
 Levels run_backward(const Tensor& grad_any, const Tensor& boxes, const RoiGeometry& g, int64_t channels) {
   STD_TORCH_CHECK(grad_any.dim() == 4 && grad_any.size(0) == boxes.size(0) && grad_any.size(1) == channels &&
                       grad_any.size(2) == g.pooled_height && grad_any.size(3) == g.pooled_width,
-                  "grad: expected shape [", boxes.size(0), ", ", channels, ", ", g.pooled_height, ", ", g.pooled_width, "]");
+                  "grad: expected shape [", boxes.size(0), ", ", channels, ", ", g.pooled_height, ", ", g.pooled_width,
+                  "]");
   const MemoryFormat format = memory_format(grad_any);
   // The kernel walks over bins with one stride.
-  const Tensor grad = grad_any.stride(2) == grad_any.stride(3) * g.pooled_width ? grad_any : torch::stable::contiguous(grad_any);
+  const Tensor grad =
+      grad_any.stride(2) == grad_any.stride(3) * g.pooled_width ? grad_any : torch::stable::contiguous(grad_any);
   Levels grad_inputs;
   for (const RoiLevel& level : g.levels)
     grad_inputs.push_back(empty_cpu({g.images, channels, level.height, level.width}, grad.scalar_type(), format));
@@ -183,8 +187,8 @@ Levels multiscale_roi_align_backward_cpu(const Tensor& grad, const Tensor& boxes
                                          int64_t canonical_level) {
   STD_TORCH_CHECK(!heights.empty() && heights.size() == widths.size() && heights.size() == spatial_scales.size(),
                   "heights, widths: expected one number per spatial scale");
-  RoiGeometry g{{},   batch_size, pooled_height, pooled_width, sampling_ratio, aligned ? 0.5 : 0.0, !aligned, canonical_scale,
-                canonical_level};
+  RoiGeometry g{{},       batch_size,      pooled_height,  pooled_width, sampling_ratio, aligned ? 0.5 : 0.0,
+                !aligned, canonical_scale, canonical_level};
   for (size_t i = 0; i < heights.size(); ++i) g.levels.push_back({heights[i], widths[i], spatial_scales[i]});
   return run_backward(grad, boxes, g, channels);
 }

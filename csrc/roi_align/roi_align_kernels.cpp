@@ -135,8 +135,8 @@ void roi_align_windowed(const RoiAlignForward<T>& task, int64_t i, int64_t chann
 }
 
 template <class T>
-void roi_align_backward_packed(const RoiAlignBackward<T>& task, int64_t level, int64_t image, int64_t begin, int64_t end,
-                               int64_t channel, Acc<T>* scratch) {
+void roi_align_backward_packed(const RoiAlignBackward<T>& task, int64_t level, int64_t image, int64_t begin,
+                               int64_t end, int64_t channel, Acc<T>* scratch) {
   constexpr int L = kLanes<Acc<T>>;
   const FeatureMap<T>& map = task.levels[level];
   const int channels = int(map.channels - channel < L ? map.channels - channel : L);
@@ -146,8 +146,8 @@ void roi_align_backward_packed(const RoiAlignBackward<T>& task, int64_t level, i
   for (int64_t i = begin; i < end; ++i) {
     const RoiTaps<Acc<T>>& roi = task.rois[i];
     const int32_t *y = roi.begin, *x = roi.begin + task.pooled_height + 1;
-    pack(task.grad + roi.row * task.stride_roi + channel * task.stride_c, task.stride_c, task.stride_bin, bins, channels,
-         tile);
+    pack(task.grad + roi.row * task.stride_roi + channel * task.stride_c, task.stride_c, task.stride_bin, bins,
+         channels, tile);
     const Acc<T>* grad = tile;
     for (int64_t ph = 0; ph < task.pooled_height; ++ph)
       for (int64_t pw = 0; pw < task.pooled_width; ++pw, grad += L) {

@@ -34,8 +34,8 @@ struct RoiPlan {
   int64_t total_taps = 0;         // products of row and column taps over all bins: the work per channel
 };
 
-// The level of equation 1: the finest one that is coarse enough, else the coarsest; a region without a positive area goes
-// to the finest. Where each level halves the one before, this is torchvision's assignment.
+// The level of equation 1: the finest one that is coarse enough, else the coarsest; a region without a positive area
+// goes to the finest. Where each level halves the one before, this is torchvision's assignment.
 template <class C>
 int32_t roi_level(const C* roi, const RoiGeometry& g) {
   const int32_t last = int32_t(g.levels.size()) - 1;
@@ -106,7 +106,8 @@ RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g, c
       const RoiLevel& level = g.levels[level_of[row]];
       Tap<W>* const base = plan.taps.get() + start[i];
       int32_t* const begin = plan.begins.data() + i * bounds;
-      Tap<W>* end = append_taps(axis(roi, 2, level.scale, g.pooled_height), g.pooled_height, level.height, base, base, begin);
+      Tap<W>* end =
+          append_taps(axis(roi, 2, level.scale, g.pooled_height), g.pooled_height, level.height, base, base, begin);
       const int64_t rows = end - base;
       end = append_taps(axis(roi, 1, level.scale, g.pooled_width), g.pooled_width, level.width, end, base,
                         begin + g.pooled_height + 1);

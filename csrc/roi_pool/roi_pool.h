@@ -15,8 +15,8 @@ struct PixelRange {
   int32_t begin, end;
 };
 
-// The bins of one axis: corners are scaled and rounded to pixels, the region includes both, and bins overlap by the pixel
-// that they share. A non-finite region has no pixels.
+// The bins of one axis: corners are scaled and rounded to pixels, the region includes both, and bins overlap by the
+// pixel that they share. A non-finite region has no pixels.
 template <class Coordinate>
 void pool_ranges(Coordinate low, Coordinate high, Coordinate scale, int64_t bins, int64_t size, PixelRange* ranges) {
   const Coordinate first = std::round(low * scale), last = std::round(high * scale);
@@ -63,16 +63,17 @@ struct RoiPoolBackward {
 FASTCV_EACH_ISA(
     // Regions begin <= i < end on a channels-last map.
     template <class T> void roi_pool_channels_last(const RoiPoolForward<T>& task, int64_t begin, int64_t end);
-    // Regions begin <= i < end, all of one image, one block of channels of which the rows [first_row, end_row) are packed;
-    // scratch: (rows * width + 3 * bins) * block channels.
+    // Regions begin <= i < end, all of one image, one block of channels of which the rows [first_row, end_row) are
+    // packed; scratch: (rows * width + 3 * bins) * block channels.
     template <class T> void roi_pool_packed(const RoiPoolForward<T>& task, int64_t begin, int64_t end, int64_t channel,
                                             int64_t first_row, int64_t end_row, accumulate_t<T>* scratch);
-    // Write the gradient of one image from its regions begin <= i < end: planes first <= c < last of a contiguous one, or
-    // rows of a channels-last one. Scratch, for types that are too coarse to add in: as many elements as are written.
-    // False where argmax holds a position outside its bin's rows.
-    template <class T> bool roi_pool_backward_planes(const RoiPoolBackward<T>& task, int64_t image, int64_t begin,
-                                                     int64_t end, int64_t first, int64_t last, accumulate_t<T>* scratch);
-    template <class T> bool roi_pool_backward_rows(const RoiPoolBackward<T>& task, int64_t image, int64_t begin,
-                                                   int64_t end, int64_t first_row, int64_t end_row,
-                                                   accumulate_t<T>* scratch);
+    // Write the gradient of one image from its regions begin <= i < end: planes first <= c < last of a contiguous one,
+    // or rows of a channels-last one. Scratch, for types that are too coarse to add in: as many elements as are
+    // written. False where argmax holds a position outside its bin's rows.
+    template <class T>
+    bool roi_pool_backward_planes(const RoiPoolBackward<T>& task, int64_t image, int64_t begin, int64_t end,
+                                  int64_t first, int64_t last, accumulate_t<T>* scratch);
+    template <class T>
+    bool roi_pool_backward_rows(const RoiPoolBackward<T>& task, int64_t image, int64_t begin, int64_t end,
+                                int64_t first_row, int64_t end_row, accumulate_t<T>* scratch);
     template <class T> int roi_pool_block_channels();)

@@ -3,10 +3,10 @@
 // Bytes for 1000 regions of 256 channels, 7x7 bins, on a 200x272 map in float32: gradients and positions 100 MB, the
 // result 56 MB. 12.5 million additions to scattered places: their time is that of the cache in which the places are.
 // So a contiguous gradient is made plane by plane (218 KB, in the second-level cache). A channels-last one is made in
-// bands of rows, one for each thread, region after region in spatial order; the places of the next bin are fetched while
-// those of one are added (without that 27 ms, on one thread 50). Blocks of channels do worse the smaller they are (on one
-// thread 128: 58 ms, 16: 110 ms), in place and in packed tiles alike: gradients and positions then come in small pieces.
-// Measured on two threads of a Zen 4: contiguous 16 to 20 ms, channels-last 22 ms; torchvision 171 ms.
+// bands of rows, one for each thread, region after region in spatial order; the places of the next bin are fetched
+// while those of one are added (without that 27 ms, on one thread 50). Blocks of channels do worse the smaller they are
+// (on one thread 128: 58 ms, 16: 110 ms), in place and in packed tiles alike: gradients and positions then come in
+// small pieces. Measured on two threads of a Zen 4: contiguous 16 to 20 ms, channels-last 22 ms; torchvision 171 ms.
 #include "roi_pool.h"
 
 #include "../common/simd.h"
@@ -80,8 +80,8 @@ bool roi_pool_backward_planes(const RoiPoolBackward<T>& task, int64_t image, int
 }
 
 template <class T>
-bool roi_pool_backward_rows(const RoiPoolBackward<T>& task, int64_t image, int64_t begin, int64_t end, int64_t first_row,
-                            int64_t end_row, Acc<T>* scratch) {
+bool roi_pool_backward_rows(const RoiPoolBackward<T>& task, int64_t image, int64_t begin, int64_t end,
+                            int64_t first_row, int64_t end_row, Acc<T>* scratch) {
   const FeatureMap<T>& map = task.map;
   const int64_t row_size = map.width * map.channels, origin = first_row * map.width;
   T* const result = map.data + image * map.stride_n + first_row * row_size;
@@ -124,7 +124,8 @@ bool roi_pool_backward_rows(const RoiPoolBackward<T>& task, int64_t image, int64
 #define FASTCV_INSTANTIATE(T)                                                                                       \
   template bool roi_pool_backward_planes<T>(const RoiPoolBackward<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, \
                                             Acc<T>*);                                                               \
-  template bool roi_pool_backward_rows<T>(const RoiPoolBackward<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, Acc<T>*);
+  template bool roi_pool_backward_rows<T>(const RoiPoolBackward<T>&, int64_t, int64_t, int64_t, int64_t, int64_t,   \
+                                          Acc<T>*);
 FASTCV_INSTANTIATE(float)
 FASTCV_INSTANTIATE(double)
 FASTCV_INSTANTIATE(half_t)

@@ -178,7 +178,8 @@ bool backward(const RoiPoolBackward<T>& task, const PoolPlan& plan) {
     if (!in_place) scratch = allocate_scratch<A>(most * unit);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t n = t / parts, first = bounds[n][t % parts], last = bounds[n][t % parts + 1];
-      const auto kernel = channels_last ? FASTCV_PICK(roi_pool_backward_rows<T>) : FASTCV_PICK(roi_pool_backward_planes<T>);
+      const auto kernel =
+          channels_last ? FASTCV_PICK(roi_pool_backward_rows<T>) : FASTCV_PICK(roi_pool_backward_planes<T>);
       if (!kernel(task, n, plan.image_begin[n], plan.image_begin[n + 1], first, last, scratch.get())) valid = false;
     }
   });
@@ -190,9 +191,9 @@ Tensor with_one_bin_stride(const Tensor& t) {
   return t.stride(2) == t.stride(3) * t.size(3) ? t : torch::stable::contiguous(t);
 }
 
-Tensor roi_pool_backward_cpu(const Tensor& grad_any, const Tensor& boxes, const Tensor& argmax_any, double spatial_scale,
-                             int64_t pooled_height, int64_t pooled_width, int64_t batch_size, int64_t channels,
-                             int64_t height, int64_t width) {
+Tensor roi_pool_backward_cpu(const Tensor& grad_any, const Tensor& boxes, const Tensor& argmax_any,
+                             double spatial_scale, int64_t pooled_height, int64_t pooled_width, int64_t batch_size,
+                             int64_t channels, int64_t height, int64_t width) {
   for (const Tensor* t : {&grad_any, &argmax_any})
     STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == boxes.size(0) && t->size(1) == channels &&
                         t->size(2) == pooled_height && t->size(3) == pooled_width,
