@@ -1,7 +1,7 @@
 """conv2d: layers of VGG-16, ResNet-50, its feature pyramid at 800 pixels, ResNeXt and MobileNets, batch 1; training.
 
 Weights are prepared before, as they are kept between calls. In training, forward and backward of 3x3 layers at batch 8,
-they are prepared at every call. torch runs in both memory formats; the ratio is to channels-last, the table has both.
+they are prepared at every call. torch runs in both memory formats; the ratio is to the faster, the table has both.
 """
 
 import torch

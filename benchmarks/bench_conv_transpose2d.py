@@ -1,7 +1,7 @@
 """conv_transpose2d: U-Net, Mask R-CNN's mask head, DCGAN's generator, DeconvNet, FCN, and bilinear upsampling.
 
 Weights are prepared before, as they are kept between calls. torch runs in both memory formats; the ratio is to
-channels-last, the table has both.
+the faster, the table has both.
 """
 
 import torch

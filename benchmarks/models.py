@@ -259,7 +259,7 @@ def table(rows: list[Row], environment: dict) -> str:
         "",
         f"{environment['processor']}, {environment['threads']} threads, torch {environment['torch']}; batch 1 and "
         "float32 where nothing else is said, milliseconds, the median of turns. In bfloat16 torch runs under autocast. "
-        "Written by `python -m benchmarks.models`.",
+        "Rows are each measured in one go, not all on one day. Written by `python -m benchmarks.models`.",
         "",
         *(
             [f"Not measured: {', '.join(r for r in RUNTIMES if r not in runtimes)}.", ""]

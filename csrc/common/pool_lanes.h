@@ -57,20 +57,8 @@ FASTCV_INLINE LaneRange lanes_inside(int64_t o, int64_t count) {
 // A whole vector, past the caches where `stream` says so and the address allows it.
 template <class S>
 FASTCV_INLINE void store_through(S* p, Vec<Acc<S>> v, bool stream) {
-#if defined(__SSE2__)
-  if constexpr (sizeof(S) == sizeof(Acc<S>)) {
-    if (stream && (uintptr_t(p) & (kVectorBytes - 1)) == 0) {
-#if defined(__AVX512F__)
-      _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif defined(__AVX2__)
-      _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#else
-      _mm_stream_si128((__m128i*)p, (__m128i)v);
-#endif
-      return;
-    }
-  }
-#endif
+  if constexpr (sizeof(S) == sizeof(Acc<S>))
+    if (stream) return store_streaming(p, v);
   store(p, v);
 }
 

@@ -48,7 +48,7 @@ def interpolate(
 
     Returns:
         ``[N, C, OH, OW]`` in the input's dtype and memory format. Differentiable in both modes, twice. Bit-equal for
-        any number of threads.
+        any number of threads. Beside infinite pixels bilinear results may be infinite where torch has NaN (0 * inf).
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or range; both or neither of ``size`` and
