@@ -44,7 +44,7 @@ class LargeBlocks {
       size_t best = free_.size();
       for (size_t i = 0; i < free_.size(); ++i)
         if (free_[i].bytes >= bytes && free_[i].bytes <= 2 * bytes &&
-            (best == free_.size() || free_[i].bytes < free_[best].bytes))
+            (best == free_.size() || free_[i].bytes <= free_[best].bytes))  // the latest: some of it is in a cache
           best = i;
       if (best < free_.size()) {
         const Block block = free_[best];

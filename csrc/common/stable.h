@@ -118,13 +118,31 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> size, ScalarType dtype,
                                   [](void* memory) { LargeBlocks::instance().give_back(memory); });
 }
 
-// The same for items of uneven cost: threads take the next `grain` items as they get free.
+// The same for items of uneven cost, `grain` of them at a time. Each thread has its own part of them, the same in every
+// call, because what it read and wrote last time lies in its own cache; one that is done takes from the others' parts.
 template <class F>
 void parallel_dynamic(int64_t n, int64_t grain, const F& f) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (n + grain - 1) / grain);
-  std::atomic<int64_t> next{0};
-  parallel_for(threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(grain)) < n;) f(begin, std::min(n, begin + grain));
+  const int64_t blocks = (n + grain - 1) / grain;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  if (threads <= 1) {
+    for (int64_t begin = 0; begin < n; begin += grain) f(begin, std::min(n, begin + grain));
+    return;
+  }
+  struct alignas(64) Part {  // a cache line each
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const std::unique_ptr<Part[]> parts(new Part[size_t(threads)]);
+  for (int64_t t = 0; t < threads; ++t) {
+    parts[size_t(t)].next = blocks * t / threads * grain;
+    parts[size_t(t)].end = std::min(n, blocks * (t + 1) / threads * grain);
+  }
+  parallel_for(threads, 1, [&](int64_t me, int64_t) {
+    for (int64_t i = 0; i < threads; ++i) {
+      Part& part = parts[size_t((me + i) % threads)];
+      for (int64_t begin; (begin = part.next.fetch_add(grain)) < part.end;)
+        f(begin, std::min(part.end, begin + grain));
+    }
   });
 }
 
