@@ -35,6 +35,7 @@ constexpr int L = kLanes<float>;
 constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
 constexpr int64_t kLargeBlock = 128 * 1024;    // where weights (of 2 MB and more) are read for each: 512 KB
 constexpr int64_t kMostPixels = 192, kEnoughTasks = 8;  // for each thread
+constexpr int64_t kTallPixels = 576, kTallColumns = 144;  // where kernels overlap: rows of input are copied fewer times
 constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel that is not cut: 384 KB
 // Where the pixels' channels are cut: how deep, and panels of a task.
 constexpr int64_t kFlatChunk = 512, kChunkedPanels = 4;
@@ -75,16 +76,18 @@ Plan make_plan(const Conv2dShape& s) {
   const int64_t resident = p.in_place ? ceil_div(channels, p.chunks) : channels;
   const int64_t reach = resident * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
   const int64_t elements = p.depth * s.group_outputs() < 512 * 1024 ? kBlockElements : kLargeBlock;
-  const int64_t pixels = max_of(12, min_of(kMostPixels, elements / max_of(1, reach)));
+  const bool tall = !p.flat && s.stride_h < s.kernel_h;
+  const int64_t fits = elements / max_of(1, reach), pixels = max_of(12, min_of(tall ? kTallPixels : kMostPixels, fits));
   p.panels = ceil_div(s.group_outputs(), kPanel);
-  p.blocks_x = ceil_div(columns, pixels);
+  p.blocks_x = ceil_div(columns, tall ? min_of(pixels, kTallColumns) : pixels);
   // As much work for every thread: 17 blocks would leave one of two waiting for half a block.
   const bool few = p.flat && s.images * s.groups * p.blocks_x < kEnoughTasks * 2 * s.threads;
   if (few && (p.blocks_x > 1 || (p.panels % s.threads && p.panels < 4 * s.threads)))
     p.blocks_x = min_of(ceil_div(p.blocks_x, s.threads) * s.threads, columns);
   p.block_w = ceil_div(columns, p.blocks_x);
   p.blocks_x = ceil_div(columns, p.block_w);
-  p.block_h = max_of(1, min_of(rows, pixels / p.block_w));
+  p.block_h = max_of(1, min_of(tall ? s.images * rows * p.blocks_x / (kEnoughTasks * s.threads) : rows,
+                               min_of(rows, pixels / p.block_w)));
   p.blocks_y = ceil_div(rows, p.block_h);
   const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
   p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks * s.threads, max_of(1, blocks)));
