@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -124,7 +125,10 @@ def _sample(thunk: Thunk, calls: int) -> float:
 
 
 def measure(thunks: dict[str, Thunk], budget: float, least_rounds: int) -> dict[str, Times]:
-    """Times each function in turn, round after round, for about ``budget`` seconds."""
+    """Times each function once a round, for about ``budget`` seconds.
+
+    In another order each time: who comes after one that filled the caches with its own data is slower.
+    """
     calls, cost = {}, 0.0
     for name, thunk in thunks.items():
         _sample(thunk, 1)  # warm-up: caches, allocator, thread pool
@@ -135,8 +139,10 @@ def measure(thunks: dict[str, Thunk], budget: float, least_rounds: int) -> dict[
         least_rounds = min(least_rounds, 4)  # a round of seconds is not noisy
     rounds = min(MOST_ROUNDS, max(least_rounds, int(budget / cost)))
     samples: dict[str, list[float]] = {name: [] for name in thunks}
+    shuffle, turns = random.Random(0).shuffle, list(thunks.items())
     for _ in range(rounds):
-        for name, thunk in thunks.items():
+        shuffle(turns)
+        for name, thunk in turns:
             samples[name].append(_sample(thunk, calls[name]))
     return {name: Times.of(taken) for name, taken in samples.items()}
 

@@ -3,6 +3,7 @@
 //     - what a cat joins, in its output, at its channels. Cats are looked at from the last to the first, and one whose
 //       inputs lie side by side already (DenseNet joins ever more of the same values) needs no place of its own;
 //     - the result of an elementwise step, or of a convolution with a residual, in an input that nobody reads later.
+// The steps of a chain (bands.cpp) run together: what one of them reads or writes lives as long as the chain runs.
 // Buffers whose lives do not overlap share memory: the largest first, each at the lowest place that is free.
 #include <algorithm>
 #include <limits>
@@ -55,9 +56,9 @@ class Placement {
   void find_lives() {
     for (size_t i = 0; i < program_.steps.size(); ++i) {
       const Step& step = program_.steps[i];
-      nodes_[size_t(step.output)].born = int64_t(i);
+      nodes_[size_t(step.output)].born = int64_t(plan_.spans[i].first);
       for (size_t k = 0; k < step.inputs.size(); ++k)
-        if (step.reads(k)) nodes_[size_t(step.inputs[k])].last_use = int64_t(i);
+        if (step.reads(k)) nodes_[size_t(step.inputs[k])].last_use = int64_t(plan_.spans[i].last);
     }
     for (int64_t value : program_.outputs) {
       nodes_[size_t(value)].is_output = true;
@@ -102,10 +103,14 @@ class Placement {
     }
   }
 
+  // Of a chain no other step may read it: a band of that one may come after what is written here.
   bool may_take(int64_t value, size_t step) const {
     const Node& node = nodes_[size_t(value)];
+    const Span span = plan_.spans[step];
+    for (size_t i = span.first; i <= span.last; ++i)
+      if (i != step && std::count(program_.steps[i].inputs.begin(), program_.steps[i].inputs.end(), value)) return false;
     return node.parent < 0 && !node.has_children && !is_input(value) && !node.is_output &&
-           node.last_use == int64_t(step);
+           node.last_use == int64_t(span.last);
   }
 
   void join_in_place() {

@@ -76,34 +76,46 @@ const float* Program::prepared(const Step& s, const ConvTranspose2dPlan& plan, c
   return kept;
 }
 
+namespace {
+
+void choose_kernel(Program& program, const Plan& plan, PlannedStep& planned, int64_t threads) {
+  if (planned.copy_from >= 0) {
+    planned.other = step_kernel(Op::cat);
+    return;
+  }
+  const Step& step = program.steps[planned.step];
+  if (step.op == Op::conv) {
+    planned.shape = conv_shape(program, step, plan.extents);
+    planned.shape.threads = threads;
+    planned.conv = conv2d_kernel("auto", planned.shape, program.precision);
+    planned.weight = program.prepared(step, *planned.conv, planned.shape);
+  } else if (step.op == Op::conv_transpose) {
+    planned.shape = transposed_shape(program, step, plan.extents);
+    planned.shape.threads = threads;
+    TransposedKernel kernel = conv_transpose2d_kernel("auto", planned.shape, program.precision);
+    if (kernel == TransposedKernel::torch) kernel = TransposedKernel::merged;  // there is no torch here
+    planned.transposed = std::make_shared<const ConvTranspose2dPlan>(planned.shape, kernel);
+    planned.weight = program.prepared(step, *planned.transposed, planned.shape);
+  } else {
+    planned.other = step_kernel(step.op, step.op == Op::max_pool && step.params[8]);
+  }
+}
+
+}  // namespace
+
 Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads) {
   Plan plan;
   plan.extents = inputs;
   plan.extents.resize(size_t(program.values));
   for (const Step& step : program.steps) plan.extents[size_t(step.output)] = output_extent(program, step, plan.extents);
+  find_chains(program, plan, threads);
   place_values(program, plan);
+  for (PlannedStep& planned : plan.steps) choose_kernel(program, plan, planned, threads);
+  cut_into_bands(program, plan, threads);
   for (PlannedStep& planned : plan.steps) {
-    if (planned.copy_from >= 0) {
-      planned.other = step_kernel(Op::cat);
-    } else if (program.steps[planned.step].op == Op::conv) {
-      planned.shape = conv_shape(program, program.steps[planned.step], plan.extents);
-      planned.shape.threads = threads;
-      planned.conv = conv2d_kernel("auto", planned.shape, program.precision);
-      planned.weight = program.prepared(program.steps[planned.step], *planned.conv, planned.shape);
-      plan.scratch = std::max(plan.scratch, planned.conv->scratch(planned.shape));
-    } else if (program.steps[planned.step].op == Op::conv_transpose) {
-      const Step& step = program.steps[planned.step];
-      planned.shape = transposed_shape(program, step, plan.extents);
-      planned.shape.threads = threads;
-      TransposedKernel kernel = conv_transpose2d_kernel("auto", planned.shape, program.precision);
-      if (kernel == TransposedKernel::torch) kernel = TransposedKernel::merged;  // there is no torch here
-      planned.transposed = std::make_shared<const ConvTranspose2dPlan>(planned.shape, kernel);
-      planned.weight = program.prepared(step, *planned.transposed, planned.shape);
-      plan.scratch = std::max(plan.scratch, planned.transposed->scratch());
-    } else {
-      const Step& step = program.steps[planned.step];
-      planned.other = step_kernel(step.op, step.op == Op::max_pool && step.params[8]);
-    }
+    plan.scratch = std::max(plan.scratch, planned.conv         ? planned.conv->scratch(planned.shape)
+                                          : planned.transposed ? planned.transposed->scratch()
+                                                               : 0);
     const BoundStep bound = bind_step(program, plan, planned, Pointers{});
     planned.tasks = planned.conv         ? planned.conv->tasks(planned.shape)
                     : planned.transposed ? planned.transposed->tasks()

@@ -103,11 +103,21 @@ struct PlannedStep {
   StepKernel other{};
   int64_t copy_from = -1, copy_to = -1, copy_channel = 0, copy_output = -1;
   int64_t tasks = 0;
+  // Some rows of some images (bands.cpp), from in_row on in the input, of which there are pad_h above; no images: all.
+  struct Band {
+    int64_t image = 0, images = 0, in_row = 0, out_row = 0, out_rows = 0, pad_h = 0;
+  } band{};
+};
+
+// Steps of the program that run together, band by band: from the first to the last of a chain.
+struct Span {
+  size_t first, last;
 };
 
 struct Plan {
   std::vector<Extent> extents;  // of values
   std::vector<Place> places;
+  std::vector<Span> spans;         // of the program's steps
   std::vector<PlannedStep> steps;  // those that compute something
   int64_t arena = 0, scratch = 0;  // floats; scratch is each thread's
 };
@@ -117,8 +127,11 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
 // The shape of a convolution for one thread.
 Conv2dShape conv_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
 Conv2dShape transposed_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
+// Sets spans.
+void find_chains(const Program& program, Plan& plan, int64_t threads);
 // Sets places, arena, and the copies that are needed.
 void place_values(const Program& program, Plan& plan);
+void cut_into_bands(const Program& program, Plan& plan, int64_t threads);
 Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads);
 
 }  // namespace fastcv::program

@@ -18,31 +18,38 @@ using namespace program;
 
 constexpr size_t kPlansKept = 16;  // of a program, the latest used
 
+struct KeptPlan {
+  std::vector<Extent> inputs;
+  int64_t threads;
+  std::shared_ptr<const Plan> plan;
+};
+
 struct Loaded {
   Program program;
   std::vector<Tensor> kept;            // the tensors whose memory weights are
   std::vector<int64_t> input_ranks, output_ranks;
   std::mutex mutex;
-  std::deque<std::pair<std::vector<Extent>, std::shared_ptr<const Plan>>> plans;  // the latest used first
+  std::deque<KeptPlan> plans;  // the latest used first
   std::unique_ptr<Run> run;  // one that is not at work, for its memory
   bool profile = false;
   std::vector<int64_t> nanoseconds;  // of the last run's steps
   std::shared_ptr<const Plan> profiled;
 
   std::shared_ptr<const Plan> plan(const std::vector<Extent>& inputs) {
+    const int64_t threads = torch::stable::get_num_threads();
     const std::lock_guard lock(mutex);
     for (size_t i = 0; i < plans.size(); ++i)
-      if (plans[i].first == inputs) {
+      if (plans[i].inputs == inputs && plans[i].threads == threads) {
         std::rotate(plans.begin(), plans.begin() + ptrdiff_t(i), plans.begin() + ptrdiff_t(i) + 1);
-        return plans.front().second;
+        return plans.front().plan;
       }
     std::shared_ptr<const Plan> made;
     try {
-      made = std::make_shared<const Plan>(make_plan(program, inputs, torch::stable::get_num_threads()));
+      made = std::make_shared<const Plan>(make_plan(program, inputs, threads));
     } catch (const std::invalid_argument& error) {
       STD_TORCH_CHECK(false, "fastcv program: ", error.what());
     }
-    plans.emplace_front(inputs, made);
+    plans.push_front({inputs, threads, made});
     if (plans.size() > kPlansKept) plans.pop_back();
     return made;
   }
@@ -296,17 +303,26 @@ void program_free(int64_t handle) { Registry::instance().remove(handle); }
 
 // Steps of the last run as rows of numbers: kind (-1: copy), kernel (-1 where there is no choice), nanoseconds,
 // multiply-adds, bytes that are read and written once, the sizes of input and output, kernel, stride, padding, dilation
-// and groups of a convolution, and whether it norms its input. Turns measuring on.
+// and groups of a convolution, whether it norms its input, and in how many bands it was run. Turns measuring on.
 Tensor program_profile(int64_t handle) {
   const std::shared_ptr<Loaded> loaded = Registry::instance().get(handle);
   const std::lock_guard lock(loaded->mutex);
   loaded->profile = true;
   const Plan* plan = loaded->profiled.get();
-  const int64_t rows = plan ? int64_t(plan->steps.size()) : 0, columns = 22;
+  const size_t steps = plan ? plan->steps.size() : 0;
+  std::vector<size_t> first(steps);  // of the bands of a step
+  std::map<size_t, size_t> first_of;
+  for (size_t i = 0; i < steps; ++i)
+    first[i] = plan->steps[i].band.images ? first_of.try_emplace(plan->steps[i].step, i).first->second : i;
+  int64_t rows = 0;
+  constexpr int64_t columns = 23, kTime = 2, kWork = 3, kBands = 22;
+  std::vector<int64_t> row_of(steps);
+  for (size_t i = 0; i < steps; ++i) row_of[i] = first[i] == i ? rows++ : row_of[first[i]];
   Tensor table = empty_cpu({rows, columns}, ScalarType::Long);
-  int64_t* out = mutable_data<int64_t>(table);
-  for (int64_t i = 0; i < rows; ++i, out += columns) {
-    const PlannedStep& s = plan->steps[size_t(i)];
+  int64_t* const begin = mutable_data<int64_t>(table);
+  for (size_t i = 0; i < steps; ++i) {
+    const PlannedStep& s = plan->steps[i];
+    int64_t* const out = begin + row_of[i] * columns;
     const bool copy = s.copy_from >= 0;
     const Step* step = copy ? nullptr : &loaded->program.steps[s.step];
     const Extent& in = plan->extents[size_t(copy ? s.copy_from : step->inputs[0])];
@@ -323,7 +339,7 @@ Tensor program_profile(int64_t handle) {
     const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + weights + second);
     const int64_t row[] = {copy ? -1 : int64_t(step->op),
                            kernel,
-                           loaded->nanoseconds[size_t(i)],
+                           loaded->nanoseconds[i],
                            work,
                            bytes,
                            in.n,
@@ -342,8 +358,12 @@ Tensor program_profile(int64_t handle) {
                            c.dilation_h,
                            c.dilation_w,
                            c.groups,
-                           s.shape.input_norm};
-    std::copy(std::begin(row), std::end(row), out);
+                           s.shape.input_norm,
+                           1};
+    if (first[i] == i)
+      std::copy(std::begin(row), std::end(row), out);
+    else
+      out[kTime] += row[kTime], out[kWork] += row[kWork], ++out[kBands];
   }
   return table;
 }

@@ -39,6 +39,11 @@ PixelMap<const float> read_only(const PixelMap<float>& map) {
 // A map of vectors as one image, a vector to a pixel.
 PixelMap<float> as_image(const PixelMap<float>& map) { return {map.data, 0, 0, map.stride_n}; }
 
+template <class T>
+void move_to(PixelMap<T>& map, const PlannedStep::Band& band, int64_t row) {
+  map.data += band.image * map.stride_n + row * map.stride_y;
+}
+
 Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers) {
   const Step& step = program.steps[planned.step];
   const Extent& in = plan.extents[size_t(step.inputs[0])];
@@ -53,6 +58,11 @@ Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& pl
   conv.input = read_only(map(step.inputs[0]));
   conv.output = map(step.output);
   if (step.inputs.size() > 1) conv.residual = read_only(map(step.inputs[1]));
+  if (planned.band.images) {
+    move_to(conv.input, planned.band, planned.band.in_row);
+    move_to(conv.output, planned.band, planned.band.out_row);
+    if (conv.residual.data) move_to(conv.residual, planned.band, planned.band.out_row);
+  }
   conv.bias = step.weight(program, 1);
   conv.input_scale = step.weight(program, 3), conv.input_shift = step.weight(program, 4);
   const size_t activation = planned.transposed ? 9 : 7;
@@ -74,6 +84,12 @@ StepTask bind_other(const Program& program, const Plan& plan, const PlannedStep&
   for (size_t i = 0; i < step.params.size() && i < 9; ++i) t.p[i] = step.params[i];
   if (step.op == Op::add || step.op == Op::mul || step.op == Op::activate || step.op == Op::affine)
     t.activation = Activation(step.params[0]), t.slope = float(step.real(1));
+  if (planned.band.images) {  // of pooling
+    move_to(t.a, planned.band, planned.band.in_row);
+    move_to(t.y, planned.band, planned.band.out_row);
+    t.in.n = t.out.n = planned.band.images;
+    t.in.h -= planned.band.in_row, t.out.h = planned.band.out_rows, t.p[4] = planned.band.pad_h;
+  }
   if (step.op == Op::layer_norm) t.eps = float(step.real(0));
   if (step.op == Op::resize) {
     const bool corners = step.params[1] != 0, factors = step.params[2] == 2;

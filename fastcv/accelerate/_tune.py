@@ -144,7 +144,7 @@ def _shapes(model: nn.Module, inputs, programs) -> list[dict]:
     shapes = {}
     for program, values in calls:
         for row in program.profile(*values, repeat=1).tolist():
-            op, _, _, _, _, n, c, h, w, k, _, _, kh, kw, *geometry, groups, normed = row
+            op, _, _, _, _, n, c, h, w, k, _, _, kh, kw, *geometry, groups, normed, _ = row
             if op != OPS.index("conv") or normed or h * w == 1:
                 continue
             pairs = [geometry[i : i + 2] for i in range(0, 6, 2)]
