@@ -1,11 +1,11 @@
 // Chains of steps that are worked through in bands of rows, while what one gives the next is in cache.
 //
 // MobileNet's first block widens 16 to 96 channels at 400 x 544 (84 MB) and takes every second pixel of that. Written
-// whole, such a map has left the caches before the next step reads it. So where a step reads only some rows of its input for a row
-// of output, both are cut: rows of the first as far as the second needs them, then these rows of the second, and so on
-// through the chain. Every row is computed once, by the same kernel, which sees a shorter map whose first rows are
-// padding or not, and all threads work at one band of one step; so results are the same to the bit, and the price is a
-// meeting of threads for each band.
+// whole, such a map has left the caches before the next step reads it. So where a step reads only some rows of its input
+// for a row of output, both are cut: rows of the first as far as the second needs them, then these rows of the second,
+// and so on through the chain. Every row is computed once, by the same kernel, which sees a shorter map whose first rows
+// are padding or not, and all threads work at one band of one step; so results are the same to the bit, and the price is
+// a meeting of threads for each band.
 //
 // Cut are products, depthwise and grouped convolutions, and pooling. Winograd's weights are too large to be read for
 // every band, and its arithmetic hides memory.
@@ -21,9 +21,9 @@
 namespace fastcv::program {
 namespace {
 
-constexpr int64_t kLinkBytes = 2048 * 1024;  // of a map, for each thread: less stays in a cache anyway
-constexpr int64_t kBandBytes = 768 * 1024;   // of the maps between steps of a chain, for each thread
-constexpr int64_t kBandPixels = 96;           // of a band of the last step, for each thread: less is not worth a meeting
+constexpr int64_t kLinkBytes = 2048 * 1024;   // of a map, for each thread: less stays in a cache anyway
+constexpr int64_t kBandBytes = 768 * 1024;    // of the maps between steps of a chain, for each thread
+constexpr int64_t kBandPixels = 96;           // of the last step, for each thread: less is not worth a meeting
 constexpr int64_t kMostWeights = 128 * 1024;  // floats of a convolution that may be cut
 
 // Rows of the input that a row of output reads.

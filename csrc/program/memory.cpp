@@ -107,8 +107,10 @@ class Placement {
   bool may_take(int64_t value, size_t step) const {
     const Node& node = nodes_[size_t(value)];
     const Span span = plan_.spans[step];
-    for (size_t i = span.first; i <= span.last; ++i)
-      if (i != step && std::count(program_.steps[i].inputs.begin(), program_.steps[i].inputs.end(), value)) return false;
+    for (size_t i = span.first; i <= span.last; ++i) {
+      const auto& inputs = program_.steps[i].inputs;
+      if (i != step && std::count(inputs.begin(), inputs.end(), value)) return false;
+    }
     return node.parent < 0 && !node.has_children && !is_input(value) && !node.is_output &&
            node.last_use == int64_t(span.last);
   }

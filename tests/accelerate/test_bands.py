@@ -33,7 +33,10 @@ def chain(*layers):
 
 
 CHAINS = {
-    "separable": (chain(nn.Conv2d(8, 64, 1), nn.Conv2d(64, 64, 3, 1, 1, groups=64), nn.Conv2d(64, 8, 1)), (1, 8, 97, 91)),
+    "separable": (
+        chain(nn.Conv2d(8, 64, 1), nn.Conv2d(64, 64, 3, 1, 1, groups=64), nn.Conv2d(64, 8, 1)),
+        (1, 8, 97, 91),
+    ),
     "stride": (
         chain(nn.Conv2d(8, 64, 1), nn.ReLU6(), nn.Conv2d(64, 64, 5, 2, 2, groups=64), nn.Conv2d(64, 8, 1, 2)),
         (1, 8, 133, 90),
