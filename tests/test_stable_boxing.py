@@ -10,6 +10,8 @@ import torch
 
 import fastcv
 from fastcv import _library
+from fastcv.ops._convolution import ACTIVATIONS
+from fastcv.ops.conv2d import KERNELS
 
 torch.manual_seed(0)
 BOXES = torch.tensor([[0.0, 1, 10, 12], [1, 1, 11, 12], [2, 9, 12, 21], [30, 31, 40, 43]])
@@ -139,6 +141,39 @@ def test_prepared_weights_arrive():
     assert torch.equal(torch.ops.fastcv.conv2d(FEATURE, WEIGHT, BIAS, None, prepared, *rest), expected)
     with pytest.raises(RuntimeError, match="prepared"):
         torch.ops.fastcv.conv2d(FEATURE, WEIGHT, BIAS, None, prepared[1:], *rest)
+    outputs, _, *size = WEIGHT.shape
+    code = [
+        KERNELS.index("gemm"),
+        ACTIVATIONS.index("relu"),
+        2,
+        *(n for pair in GEOMETRY for n in pair),
+        outputs,
+        *size,
+    ]
+    run = torch.ops.fastcv.conv2d_prepared
+    assert torch.equal(run(FEATURE, prepared, BIAS, None, code, 0.3), expected)
+    leaky = [code[0], ACTIVATIONS.index("leaky_relu"), *code[2:]]
+    rest = (2, *GEOMETRY, "leaky_relu", 0.3, "gemm")
+    expected = torch.ops.fastcv.conv2d(FEATURE, WEIGHT, None, RESIDUAL, prepared, *rest)
+    assert torch.equal(run(FEATURE, prepared, None, RESIDUAL, leaky, 0.3), expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [(0, 99), (0, -1), (0, 1), (1, 10), (1, -1), (2, 0), (2, 5), (3, 0), (5, -1), (7, 2**62), (9, 0), (9, 10), (10, 99)],
+)
+def test_codes_that_mean_no_convolution(place, number):
+    if fastcv.build_info()["operators"]["conv2d"]["cpu"] != "compiled":
+        pytest.skip("conv2d has no compiled kernel")
+    prepared = torch.ops.fastcv.conv2d_prepare(WEIGHT, 2, *GEOMETRY, "gemm")
+    outputs, _, *size = WEIGHT.shape
+    code = [KERNELS.index("gemm"), 1, 2, *(n for pair in GEOMETRY for n in pair), outputs, *size]
+    torch.ops.fastcv.conv2d_prepared(FEATURE, prepared, None, None, code, 0.3)
+    code[place] = number
+    with pytest.raises(RuntimeError):
+        torch.ops.fastcv.conv2d_prepared(FEATURE, prepared, None, None, code, 0.3)
+    with pytest.raises(RuntimeError, match="12 numbers"):
+        torch.ops.fastcv.conv2d_prepared(FEATURE, prepared, None, None, code[1:], 0.3)
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))

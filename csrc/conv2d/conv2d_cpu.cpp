@@ -147,6 +147,30 @@ Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const std::optional
   return run_conv2d(kernel, conv, input);
 }
 
+// What a layer is called with, in few arguments: each of them takes as long to hand over as a small convolution to
+// compute. code: numbers of kernel and activation, groups, stride, padding, dilation, and K, KH, KW of the weight that
+// was prepared.
+Tensor conv2d_prepared_cpu(const Tensor& input, const Tensor& prepared, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& residual, const std::vector<int64_t>& code, double slope) {
+  check_float(input, "input"), check_float(prepared, "prepared");
+  STD_TORCH_CHECK(input.dim() == 4 && code.size() == 12, "input, code: expected shape [N, C, H, W] and 12 numbers");
+  STD_TORCH_CHECK(is_activation(code[1]) && is_window_number(code[2], 1) && input.size(1) % code[2] == 0,
+                  "code: activation or groups");
+  const Conv2dShape shape =
+      make_shape(size_of(input), {code[9], input.size(1) / code[2], code[10], code[11]}, {code[3], code[4]},
+                 {code[5], code[6]}, {code[7], code[8]}, code[2]);
+  const Conv2dKernel* kernel = conv2d_kernel(code[0], shape);
+  STD_TORCH_CHECK(kernel, "code: kernel ", code[0], " does not serve this convolution, or does not exist");
+  STD_TORCH_CHECK(prepared.is_contiguous() && prepared.numel() == kernel->weights(shape),
+                  "prepared: expected what conv2d_prepare gives for this convolution");
+  Conv2d conv{};
+  conv.shape = shape;
+  conv.weight = data<float>(prepared);
+  conv.activation = Activation(code[1]), conv.slope = float(slope);
+  const Epilogue epilogue(bias, residual, conv);
+  return run_conv2d(*kernel, conv, input);
+}
+
 // The gradient of the input of a convolution with stride 1, no dilation and one group: a convolution itself, of the
 // output's gradient, with the weights turned round and K - 1 - padding.
 Tensor conv2d_input_gradient_cpu(const Tensor& grad, const Tensor& weight, const std::vector<int64_t>& padding,
@@ -193,6 +217,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcv, CPU, m) {
   m.impl("conv2d_input_gradient", TORCH_BOX(&fastcv::conv2d_input_gradient_cpu));
   m.impl("conv2d_kernel", TORCH_BOX(&fastcv::conv2d_kernel_cpu));
   m.impl("conv2d_prepare", TORCH_BOX(&fastcv::conv2d_prepare_cpu));
+  m.impl("conv2d_prepared", TORCH_BOX(&fastcv::conv2d_prepared_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcv, CompositeExplicitAutograd, m) {

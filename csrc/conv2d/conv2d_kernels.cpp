@@ -158,6 +158,12 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
   return kernel;
 }
 
+const Conv2dKernel* conv2d_kernel(int64_t number, const Conv2dShape& shape) {
+  for (const Conv2dKernel& kernel : kernels())
+    if (kernel.number == number && kernel.serves(shape)) return &kernel;
+  return nullptr;
+}
+
 // Transforming the input takes as long as about 8 products with one channel for each of its elements (9 for tiles of 8
 // x 8), and storing sums and transforming them back as long as 20 (22), along one axis half; a direct sum's store takes
 // 2. Reading the weights comes after that, or before where it takes longer. From memory one takes as long as 12

@@ -29,6 +29,7 @@ void choose_conv2d_kernel(const Conv2dShape& shape, const Conv2dKernel* kernel);
 enum class Precision : int64_t { standard, highest, bfloat16, fast };
 
 // The named kernel, or for "auto" the one that is fastest on the shape; null where none serves it.
+const Conv2dKernel* conv2d_kernel(int64_t number, const Conv2dShape& shape);
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape,
                                   Precision precision = Precision::standard);
 

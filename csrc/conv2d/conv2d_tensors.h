@@ -30,11 +30,14 @@ inline Tensor with_channels_last(const Tensor& t) {
   return fits ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
 
+constexpr const char* kActivationNames[] = {"none",      "relu",        "relu6",   "leaky_relu", "silu",
+                                            "hardswish", "hardsigmoid", "sigmoid", "gelu",       "tanh"};
+
+inline bool is_activation(int64_t number) { return number >= 0 && number < int64_t(std::size(kActivationNames)); }
+
 inline Activation activation_of(const std::string& name) {
-  const char* const names[] = {"none",      "relu",        "relu6",   "leaky_relu", "silu",
-                               "hardswish", "hardsigmoid", "sigmoid", "gelu",       "tanh"};
-  for (size_t i = 0; i < std::size(names); ++i)
-    if (name == names[i]) return Activation(i);
+  for (size_t i = 0; i < std::size(kActivationNames); ++i)
+    if (name == kActivationNames[i]) return Activation(i);
   STD_TORCH_CHECK(false, "activation: \"", name, "\" is unknown");
 }
 

@@ -1,11 +1,11 @@
 // Chains of steps that are worked through in bands of rows, while what one gives the next is in cache.
 //
 // MobileNet's first block widens 16 to 96 channels at 400 x 544 (84 MB) and takes every second pixel of that. Written
-// whole, such a map has left the caches before the next step reads it. So where a step reads only some rows of its input
-// for a row of output, both are cut: rows of the first as far as the second needs them, then these rows of the second,
-// and so on through the chain. Every row is computed once, by the same kernel, which sees a shorter map whose first rows
-// are padding or not, and all threads work at one band of one step; so results are the same to the bit, and the price is
-// a meeting of threads for each band.
+// whole, such a map has left the caches before the next step reads it. So where a step reads only some rows of its
+// input for a row of output, both are cut: rows of the first as far as the second needs them, then these rows of the
+// second, and so on through the chain. Every row is computed once, by the same kernel, which sees a shorter map whose
+// first rows are padding or not, and all threads work at one band of one step; so results are the same to the bit, and
+// the price is a meeting of threads for each band.
 //
 // Cut are products, depthwise and grouped convolutions, and pooling. Winograd's weights are too large to be read for
 // every band, and its arithmetic hides memory.

@@ -13,6 +13,8 @@ alone decide, not the number of threads, of which results must not depend.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,9 @@ define(
     reference.conv2d.conv2d,
 )
 define(f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor", reference.conv2d.conv2d_prepare)
+LIBRARY.define(
+    "conv2d_prepared(Tensor input, Tensor prepared, Tensor? bias, Tensor? residual, int[] code, float slope) -> Tensor"
+)
 define(f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", reference.conv2d.conv2d_kernel)
 
 
@@ -119,8 +124,8 @@ def conv2d(
             return result
     options = (stride, padding, dilation, groups, activation, kernel)
     key = _key(input, weight, bias, residual, options) if scale is None and shift is None else None
-    geometry = _checked.get(key)
-    if geometry is None:
+    call = _calls.get(key)
+    if call is None:
         geometry = _check(input, weight, bias, residual, scale, shift, *options)
         if scale is not None:
             weight = weight * scale[:, None, None, None]
@@ -141,32 +146,56 @@ def conv2d(
             return torch.ops.fastcv.conv2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, kernel
             )
-        _remember(_checked, key, geometry)
-    if kernel == "auto":
-        if weight.requires_grad and torch.is_grad_enabled():
-            return _train(input, weight, bias, residual, geometry, activation, negative_slope)
-        kernel = _choose(input, weight, geometry)
-    rest = (*geometry, activation, negative_slope)
-    if kernel == "torch":
-        return reference.conv2d.conv2d(input, weight, bias, residual, None, *rest, "")
-    prepared = prepared_weight(weight, *geometry, kernel)
+        call = _remember(key, _make_call(input, weight, geometry, activation, kernel))
+    geometry, chosen, code = call
+    if kernel == "auto" and weight.requires_grad and torch.is_grad_enabled():
+        return _train(input, weight, bias, residual, geometry, activation, negative_slope)
+    if chosen == "torch":
+        return reference.conv2d.conv2d(input, weight, bias, residual, None, *geometry, activation, negative_slope, "")
+    prepared = prepared_weight(weight, *geometry, chosen)
     if needs_derivatives(input, weight, bias, residual):
-        return torch.ops.fastcv.conv2d(input, weight, bias, residual, prepared, *rest, kernel)
+        return torch.ops.fastcv.conv2d(
+            input, weight, bias, residual, prepared, *geometry, activation, negative_slope, chosen
+        )
     with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
-        return torch.ops.fastcv.conv2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+        return _run_prepared(input, prepared, bias, residual, code, negative_slope)
 
 
-# Checks and the choice of a kernel would take longer than a small layer: what they found is kept for calls alike.
-_checked: dict[tuple, tuple] = {}
-_chosen: dict[tuple, str] = {}
+_run_prepared = torch.ops.fastcv.conv2d_prepared.default
+
+
+class _Call(NamedTuple):
+    """What checks and the choice of a kernel found. They would take longer than a small layer: calls alike share it."""
+
+    geometry: tuple[int, list[int], list[int], list[int]]  # groups, stride, padding, dilation
+    kernel: str
+    code: list[int]  # of conv2d_prepared
+
+
+_calls: dict[tuple, _Call] = {}
 _MOST_KEPT = 4096
 
 
-def _remember(kept: dict, key: tuple | None, value) -> None:
+def _make_call(input: Tensor, weight: Tensor, geometry, activation: str, kernel: str) -> _Call:
+    if kernel == "auto":
+        kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
+    groups, stride, padding, dilation = geometry
+    outputs, _, *size = weight.shape
+    numbers = KERNELS.index(kernel), ACTIVATIONS.index(activation), groups
+    return _Call(geometry, kernel, [*numbers, *stride, *padding, *dilation, outputs, *size])
+
+
+def _remember(key: tuple | None, call: _Call) -> _Call:
     if key is not None:
-        if len(kept) >= _MOST_KEPT:
-            kept.clear()
-        kept[key] = value
+        if len(_calls) >= _MOST_KEPT:
+            _calls.clear()
+        _calls[key] = call
+    return call
+
+
+def forget_choices() -> None:
+    """After the cost model was overruled (:func:`fastcv.tune`)."""
+    _calls.clear()
 
 
 def _key(input, weight, bias, residual, options) -> tuple | None:
@@ -219,21 +248,6 @@ def _train(input: Tensor, weight: Tensor, bias, residual, geometry, activation: 
     if residual is not None:
         result = result + residual
     return reference.conv2d.ACTIVATIONS[activation](result, slope)
-
-
-def _choose(input: Tensor, weight: Tensor, geometry) -> str:
-    groups, stride, padding, dilation = geometry
-    key = (input.shape, weight.shape, groups, *stride, *padding, *dilation)
-    kernel = _chosen.get(key)
-    if kernel is None:
-        kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
-        _remember(_chosen, key, kernel)
-    return kernel
-
-
-def forget_choices() -> None:
-    """After the cost model was overruled (:func:`fastcv.tune`)."""
-    _chosen.clear()
 
 
 def _padding(padding, size, stride, dilation) -> list[int]:

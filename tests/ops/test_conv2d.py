@@ -147,9 +147,9 @@ def test_weights_are_prepared_once_and_forgotten_with_their_tensor():
     gc.collect()
     x, weight, bias, *geometry = case(SHAPES[6])
     conv2d(x, weight, bias, *geometry)
-    (first,) = kept[weight][1].values()
+    (first,) = kept[id(weight)].layouts.values()
     conv2d(x, weight, bias, *geometry)
-    assert [p is first for p in kept[weight][1].values()] == [True]
+    assert [p is first for p in kept[id(weight)].layouts.values()] == [True]
     count = len(kept)
     del weight
     gc.collect()

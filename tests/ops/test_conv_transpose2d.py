@@ -160,7 +160,7 @@ def test_weights_are_prepared_once_and_apart_from_those_of_conv2d():
     expected = F.conv_transpose2d(x, weight, bias, padding=1)
     for _ in range(2):
         assert error(fastcv.ops.conv_transpose2d(x, weight, bias, padding=1), expected.double()) < 1e-5
-    assert len(kept[weight][1]) == 2
+    assert len(kept[id(weight)].layouts) == 2
     # Other paddings lay the weights out alike.
     for padding in (0, 1):
         for output_padding in ((0, 0), (0, 1), (1, 1)):
@@ -168,7 +168,7 @@ def test_weights_are_prepared_once_and_apart_from_those_of_conv2d():
             result = fastcv.ops.conv_transpose2d(x, weight, bias, **options, kernel="winograd")
             expected = F.conv_transpose2d(x, weight, bias, **options)
             assert error(result, expected.double()) < 1e-5
-    assert len(kept[weight][1]) == 3
+    assert len(kept[id(weight)].layouts) == 3
     # Other geometries lay the same weights out in other ways, dilated ones also by their padding.
     for stride, padding, output_padding, dilation in (
         (2, 1, 1, 1),
