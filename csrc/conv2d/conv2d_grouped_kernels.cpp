@@ -1,10 +1,10 @@
-// 3x3 convolution in groups of 2, 4 or 8 channels (ResNeXt, RegNet), as many out as in.
+// 3x3 convolution in groups of 2, 4, 8 or 16 channels (ResNeXt, RegNet), as many out as in; at most a vector's lanes.
 //
 // A vector holds the channels of several groups side by side, of the output and at the same place of the input. Input
 // channel i of every group is spread over its group's lanes by one permutation, and multiplies weights that lie as
 // [vector][KH][KW][i][lane]. A tile is R output pixels of a row: a spread input serves all outputs that it reaches, so
-// that there are R + 2 permutations for 3 R multiply-adds, and each weight is loaded once for R pixels. Arithmetic
-// bounds it, where a matrix product would leave all lanes but a group's idle.
+// that there are R + 2 permutations and 3 loads of weights for 3 R multiply-adds. Arithmetic bounds it, where a matrix
+// product would leave all lanes but a group's idle, or load as much as it multiplies where a group fills a vector.
 #include "conv2d_epilogue.h"
 
 namespace fastcv::FASTCV_ISA {
@@ -43,29 +43,60 @@ struct Tile {
   int valid;  // pixels inside the output
 };
 
-// Input channels I and after of the pixel `in`, which is number J of those that the tile reaches.
-template <int R, int SW, int G, int J, int I>
-FASTCV_INLINE void add_channels(Vec<float> in, const float* weight, Vec<float> (&sum)[R]) {
+// Of a group that fills a vector, channel i is broadcast from memory; of smaller ones it is spread from registers.
+template <int G>
+struct Pixel {
+  Vec<float> all;
+  template <int I>
+  FASTCV_INLINE Vec<float> channel() const {
+    return spread<G, I>(all, typename MakeLanes<L>::type{});
+  }
+  FASTCV_INLINE void read(const float* p, int n) { all = n == L ? load(p) : load_first(p, n); }
+  FASTCV_INLINE void clear() { all = Vec<float>{}; }
+};
+alignas(64) constexpr float kZeros[L] = {};
+template <>
+struct Pixel<L> {
+  const float* at;
+  template <int I>
+  FASTCV_INLINE Vec<float> channel() const {
+    return broadcast(at[I]);
+  }
+  FASTCV_INLINE void read(const float* p, int) { at = p; }
+  FASTCV_INLINE void clear() { at = kZeros; }
+};
+
+// Channels I and after of the P input pixels that the tile reaches in a row.
+template <int R, int SW, int G, int I, int P>
+FASTCV_INLINE void add_channels(const Pixel<G> (&in)[P], const float* weight, Vec<float> (&sum)[R]) {
   if constexpr (I < G) {
-    const Vec<float> x = spread<G, I>(in, typename MakeLanes<L>::type{});
+    Vec<float> w[KW];
 #pragma GCC unroll 3
-    for (int kw = 0; kw < KW; ++kw)
-      if ((J - kw) % SW == 0 && J >= kw && (J - kw) / SW < R)
-        sum[(J - kw) / SW] = fma(x, load(weight + (kw * G + I) * L), sum[(J - kw) / SW]);
-    add_channels<R, SW, G, J, I + 1>(in, weight, sum);
+    for (int kw = 0; kw < KW; ++kw) w[kw] = load(weight + (kw * G + I) * L);
+#pragma GCC unroll 16
+    for (int j = 0; j < P; ++j) {
+      const Vec<float> x = in[j].template channel<I>();
+#pragma GCC unroll 3
+      for (int kw = 0; kw < KW; ++kw)
+        if ((j - kw) % SW == 0 && j >= kw && (j - kw) / SW < R)
+          sum[(j - kw) / SW] = fma(x, w[kw], sum[(j - kw) / SW]);
+    }
+    add_channels<R, SW, G, I + 1>(in, weight, sum);
   }
 }
 
-template <int R, int SW, int G, bool Edge, int J>
-FASTCV_INLINE void add_pixels(const Tile& t, const float* row, int64_t x, int n, const float* weight,
-                              Vec<float> (&sum)[R]) {
-  if constexpr (J < (R - 1) * SW + KW) {
-    if (!Edge || (x + J >= 0 && x + J < t.conv.shape.width)) {
-      const float* p = row + J * t.conv.input.stride_x;
-      add_channels<R, SW, G, J, 0>(n == L ? load(p) : load_first(p, n), weight, sum);
-    }
-    add_pixels<R, SW, G, Edge, J + 1>(t, row, x, n, weight, sum);
-  }
+template <int R, int SW, int G, bool Edge>
+FASTCV_INLINE void add_row(const Tile& t, const float* row, int64_t x, int n, const float* weight,
+                           Vec<float> (&sum)[R]) {
+  constexpr int P = (R - 1) * SW + KW;
+  Pixel<G> in[P];
+#pragma GCC unroll 16
+  for (int j = 0; j < P; ++j)
+    if (!Edge || (x + j >= 0 && x + j < t.conv.shape.width))
+      in[j].read(row + j * t.conv.input.stride_x, n);
+    else
+      in[j].clear();
+  add_channels<R, SW, G, 0>(in, weight, sum);
 }
 
 template <int R, int SW, int G, bool Edge>
@@ -81,7 +112,7 @@ FASTCV_INLINE void run_vector(const Tile& t, int64_t c, int n, const Bounds& bou
   for (int64_t kh = 0; kh < s.kernel_h; ++kh, weight += KW * G * L) {
     const int64_t y = t.y * s.stride_h - s.pad_h + kh;
     if (y < 0 || y >= s.height) continue;
-    add_pixels<R, SW, G, Edge, 0>(t, pixel(conv.input, t.image, y, x) + c, x, n, weight, sum);
+    add_row<R, SW, G, Edge>(t, pixel(conv.input, t.image, y, x) + c, x, n, weight, sum);
   }
   const Vec<float> low = broadcast(bounds.low), high = broadcast(bounds.high);
   float* output = pixel(conv.output, t.image, t.y, t.x0) + c;
@@ -136,7 +167,7 @@ void run_group(const Conv2d& conv, int64_t image, int64_t y) {
 
 bool conv2d_grouped_serves(const Conv2dShape& s) {
   const int64_t g = s.group_channels();
-  return (g == 2 || g == 4 || g == 8) && L % g == 0 && s.group_outputs() == g && s.kernel_w == KW &&
+  return (g == 2 || g == 4 || g == 8 || g == 16) && L % g == 0 && s.group_outputs() == g && s.kernel_w == KW &&
          s.dilation_h == 1 && s.dilation_w == 1 && (s.stride_w == 1 || s.stride_w == 2);
 }
 
@@ -165,7 +196,8 @@ void conv2d_grouped(const Conv2d& conv, int64_t begin, int64_t end, float*) {
       switch (s.group_channels()) {
         case 2: run_group<2>(conv, t / bands, y); break;
         case 4: run_group<4>(conv, t / bands, y); break;
-        default: run_group<8>(conv, t / bands, y); break;
+        case 8: run_group<8>(conv, t / bands, y); break;
+        default: run_group<16>(conv, t / bands, y); break;
       }
 }
 
