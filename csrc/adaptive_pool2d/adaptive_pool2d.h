@@ -44,15 +44,15 @@ struct AdaptiveAvgBackward {
   int64_t stride_n, stride_c, stride_bin;
 };
 
-// Channels that a task takes of a channels-last map.
-constexpr int64_t kAdaptiveChannels = 256;
+// Where a channels-last map has few rows of bins, a task takes so many of its channels.
+constexpr int64_t kAdaptiveChannels = 256, kAdaptiveRows = 32;
 
 }  // namespace fastcv
 
 FASTCV_EACH_ISA(
-    // All bins of channels begin <= c < end of one image of a channels-last map.
-    template <class T>
-    void adaptive_pool2d_channels_last(const AdaptivePool<T>& task, int64_t image, int64_t begin, int64_t end);
+    // Row oy of bins of channels begin <= c < end of one image of a channels-last map.
+    template <class T> void adaptive_pool2d_channels_last(const AdaptivePool<T>& task, int64_t image, int64_t oy,
+                                                          int64_t begin, int64_t end);
     // Rows begin <= oy < end of bins of up to a vector of channels from `channel` on of a contiguous map.
     template <class T> void adaptive_pool2d_packed(const AdaptivePool<T>& task, int64_t image, int64_t channel,
                                                    int64_t begin, int64_t end, accumulate_t<T>* scratch);

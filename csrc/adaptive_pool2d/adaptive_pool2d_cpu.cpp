@@ -17,13 +17,15 @@ void run(const AdaptivePool<T>& task, bool channels_last) {
   const FeatureMap<const T>& in = task.input;
   const int64_t pixels = in.height * in.width, bins = task.y.bins * task.x.bins;
   if (channels_last) {
-    const int64_t pieces = (in.channels + kAdaptiveChannels - 1) / kAdaptiveChannels;
-    parallel_for(in.images * pieces, pool_grain(pixels * std::min(in.channels, kAdaptiveChannels)),
+    const int64_t rows = task.y.bins;
+    const int64_t most = in.images * rows < kAdaptiveRows ? kAdaptiveChannels : in.channels;
+    const int64_t pieces = (in.channels + most - 1) / most;
+    parallel_for(in.images * rows * pieces, pool_grain(pixels / rows * std::min(in.channels, most)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
-                     const int64_t first = i % pieces * kAdaptiveChannels;
-                     FASTCV_PICK(adaptive_pool2d_channels_last<T>)(task, i / pieces, first,
-                                                                   std::min(in.channels, first + kAdaptiveChannels));
+                     const int64_t first = i % pieces * most, row = i / pieces;
+                     FASTCV_PICK(adaptive_pool2d_channels_last<T>)(task, row / rows, row % rows, first,
+                                                                   std::min(in.channels, first + most));
                    }
                  });
   } else if (bins == 1 && !task.indices && in.stride_y == in.width) {

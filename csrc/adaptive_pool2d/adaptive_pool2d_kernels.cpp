@@ -18,10 +18,16 @@ struct Bin {
   double size() const { return double((y1 - y0) * (x1 - x0)); }
 };
 
-template <class F>
-FASTCV_INLINE void each_bin(const AdaptiveAxis& y, const AdaptiveAxis& x, const F& f) {
-  for (int64_t oy = 0, bin = 0; oy < y.bins; ++oy)
-    for (int64_t ox = 0; ox < x.bins; ++ox, ++bin) f(bin, Bin{y.begin(oy), y.end(oy), x.begin(ox), x.end(ox)});
+// A kilobyte of channels at a time where the registers hold it: pixels of many channels lie far apart.
+template <class A, class F>
+FASTCV_INLINE void each_wide_block(int64_t channels, const F& f) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  if constexpr (kVectorBytes == 64)
+    for (; c + 16 * L <= channels; c += 16 * L) f(c, L, Vectors<16>{});
+  each_channel_block<A>(channels - c, [&](int64_t rest, int n, auto vectors) FASTCV_INLINE_LAMBDA {
+    f(c + rest, n, vectors);
+  });
 }
 
 template <int V, class S>
@@ -123,27 +129,34 @@ FASTCV_INLINE void unpack_indices(const Acc<T>* block, int64_t n, int channels, 
 }  // namespace
 
 template <class T>
-void adaptive_pool2d_channels_last(const AdaptivePool<T>& t, int64_t image, int64_t begin, int64_t end) {
+void adaptive_pool2d_channels_last(const AdaptivePool<T>& t, int64_t image, int64_t oy, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const FeatureMap<const T> in = t.input;
   const T* const map = in.data + image * in.stride_n + begin;
   const int64_t at = image * t.stride_n + begin;
-  each_bin(t.y, t.x, [&](int64_t bin, const Bin& b) {
-    each_channel_block<A>(end - begin, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
-      constexpr int V = decltype(vectors)::value;
-      const int64_t to = at + bin * t.stride_bin + c;
-      Vec<A> result[V];
-      if (t.indices) {
+  for (int64_t ox = 0; ox < t.x.bins; ++ox) {
+    const Bin b{t.y.begin(oy), t.y.end(oy), t.x.begin(ox), t.x.end(ox)};
+    const int64_t bin = at + (oy * t.x.bins + ox) * t.stride_bin;
+    if (t.indices)
+      each_channel_block<A>(end - begin, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
+        constexpr int V = decltype(vectors)::value;
+        Vec<A> best[V];
         Vec<Position<T>> index[V];
-        maximum_of(map + c, in.stride_y, in.stride_x, in.width, b, n, result, index);
-        for (int v = 0; v < V; ++v) store_indices(t.indices + to + v * L, index[v], n);
-      } else {
-        mean_of(map + c, in.stride_y, in.stride_x, b, n, result);
-      }
-      for (int v = 0; v < V; ++v) store_n(t.output + to + v * L, result[v], n);
-    });
-  });
+        maximum_of(map + c, in.stride_y, in.stride_x, in.width, b, n, best, index);
+        for (int v = 0; v < V; ++v) {
+          store_n(t.output + bin + c + v * L, best[v], n);
+          store_indices(t.indices + bin + c + v * L, index[v], n);
+        }
+      });
+    else
+      each_wide_block<A>(end - begin, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
+        constexpr int V = decltype(vectors)::value;
+        Vec<A> mean[V];
+        mean_of(map + c, in.stride_y, in.stride_x, b, n, mean);
+        for (int v = 0; v < V; ++v) store_n(t.output + bin + c + v * L, mean[v], n);
+      });
+  }
 }
 
 template <class T>
@@ -217,6 +230,12 @@ void global_avg_pool2d(const AdaptivePool<T>& t, int64_t begin, int64_t end) {
   }
 }
 
+// What each pixel of a bin has of its gradient.
+template <class T>
+FASTCV_INLINE Acc<T> share(const AdaptiveAvgBackward<T>& t, int64_t oy, int64_t ox) {
+  return Acc<T>(1 / Bin{t.y.begin(oy), t.y.end(oy), t.x.begin(ox), t.x.end(ox)}.size());
+}
+
 template <class T>
 void adaptive_avg_pool2d_backward_channels_last(const AdaptiveAvgBackward<T>& t, int64_t begin, int64_t end) {
   using A = Acc<T>;
@@ -226,18 +245,22 @@ void adaptive_avg_pool2d_backward_channels_last(const AdaptiveAvgBackward<T>& t,
     for (int64_t x = 0; x < out.width; ++x) {
       T* const to = out.data + image * out.stride_n + y * out.stride_y + x * out.stride_x;
       const int64_t first_y = y * t.y.bins / out.height, first_x = x * t.x.bins / out.width;
+      int64_t end_y = first_y, end_x = first_x;  // of the bins that have the pixel
+      while (end_y < t.y.bins && t.y.begin(end_y) <= y) ++end_y;
+      while (end_x < t.x.bins && t.x.begin(end_x) <= x) ++end_x;
+      const bool one = end_y - first_y == 1 && end_x - first_x == 1;
+      const A only = one ? share(t, first_y, first_x) : A(0);
       each_channel_block<A>(out.channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
-        for (int v = 0; v < decltype(vectors)::value; ++v) {
-          const int64_t k = c + v * kLanes<A>;
-          Vec<A> sum{};
-          for (int64_t oy = first_y; oy < t.y.bins && t.y.begin(oy) <= y; ++oy)
-            for (int64_t ox = first_x; ox < t.x.bins && t.x.begin(ox) <= x; ++ox) {
-              const Bin b{t.y.begin(oy), t.y.end(oy), t.x.begin(ox), t.x.end(ox)};
-              const T* const grad = t.grad + image * t.stride_n + (oy * t.x.bins + ox) * t.stride_bin + k;
-              sum += load_n(grad, n) * A(1 / b.size());
-            }
-          store_n(to + k, sum, n);
-        }
+        constexpr int V = decltype(vectors)::value;
+        Vec<A> sum[V];
+        for (int v = 0; v < V; ++v) sum[v] = Vec<A>{};
+        for (int64_t oy = first_y; oy < end_y; ++oy)
+          for (int64_t ox = first_x; ox < end_x; ++ox) {
+            const T* const grad = t.grad + image * t.stride_n + (oy * t.x.bins + ox) * t.stride_bin + c;
+            const A part = one ? only : share(t, oy, ox);
+            for (int v = 0; v < V; ++v) sum[v] += load_n(grad + v * kLanes<A>, n) * part;
+          }
+        for (int v = 0; v < V; ++v) store_n(to + c + v * kLanes<A>, sum[v], n);
       });
     }
   }
@@ -280,7 +303,7 @@ int adaptive_pool2d_block_channels() {
 }
 
 #define FASTCV_INSTANTIATE(T)                                                                                         \
-  template void adaptive_pool2d_channels_last<T>(const AdaptivePool<T>&, int64_t, int64_t, int64_t);                  \
+  template void adaptive_pool2d_channels_last<T>(const AdaptivePool<T>&, int64_t, int64_t, int64_t, int64_t);         \
   template void adaptive_pool2d_packed<T>(const AdaptivePool<T>&, int64_t, int64_t, int64_t, int64_t, Acc<T>*);       \
   template void global_avg_pool2d<T>(const AdaptivePool<T>&, int64_t, int64_t);                                       \
   template void adaptive_avg_pool2d_backward_channels_last<T>(const AdaptiveAvgBackward<T>&, int64_t, int64_t);       \

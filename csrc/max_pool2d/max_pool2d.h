@@ -67,6 +67,10 @@ FASTCV_EACH_ISA(
     // null where no two windows have one pixel.
     template <class T> int64_t max_unpool2d_anywhere(const MaxUnpool<T>& task, PlaneStrides map, PlaneStrides windows,
                                                      int64_t image, int64_t channel, accumulate_t<T>* sums);
+    // The same sums of flat indices in n channels from c on of a channels-last map; false where an index is no pixel.
+    // Scratch: H * W * n sums.
+    template <class T> bool max_unpool2d_add_block(const MaxUnpool<T>& task, int64_t image, int64_t c, int64_t n,
+                                                   accumulate_t<T>* sums);
     template <class T> int64_t max_unpool2d_gather_anywhere(const MaxUnpool<T>& task, PlaneStrides map,
                                                             PlaneStrides windows, int64_t image, int64_t channel,
                                                             int32_t* owners);)

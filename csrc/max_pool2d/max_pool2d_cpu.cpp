@@ -103,8 +103,28 @@ struct Unpooling {
                     ", ", p % g.x.output, "]");
   }
 
+  // Into a channels-last map, a block of channels at a time; false where an index points outside or a block is large.
+  bool add_blocks() const {
+    using A = accumulate_t<T>;
+    constexpr int64_t kChannels = 64, kMostScratch = int64_t(1) << 20;
+    const int64_t pixels = task.geometry.y.input * task.geometry.x.input;
+    const bool whole = task.images >= 2 * torch::stable::get_num_threads() && pixels * task.channels <= kMostScratch;
+    const int64_t most = whole ? task.channels : kChannels, blocks = (task.channels + most - 1) / most;
+    if (pixels * most > kMostScratch) return false;
+    std::atomic<bool> inside{true};
+    parallel_for(task.images * blocks, pool_grain(pixels * most), [&](int64_t begin, int64_t end) {
+      const Scratch<A> sums = allocate_scratch<A>(sizeof(T) == sizeof(A) ? 0 : size_t(pixels * most));
+      for (int64_t i = begin; i < end && inside; ++i) {
+        const int64_t c = i % blocks * most, n = std::min(most, task.channels - c);
+        if (!FASTCV_PICK(max_unpool2d_add_block<T>)(task, i / blocks, c, n, sums.get())) inside = false;
+      }
+    });
+    return inside;
+  }
+
   void scatter(bool anywhere_at_once) const {
     const PoolGeometry& g = task.geometry;
+    if (anywhere_at_once && task.sum && format == MemoryFormat::ChannelsLast && add_blocks()) return;
     if (!anywhere_at_once) {
       MaxUnpool<T> t = task;
       const bool channels_last = format == MemoryFormat::ChannelsLast;

@@ -332,6 +332,34 @@ int64_t max_unpool2d_anywhere(const MaxUnpool<T>& t, PlaneStrides map, PlaneStri
 }
 
 template <class T>
+bool max_unpool2d_add_block(const MaxUnpool<T>& t, int64_t image, int64_t c, int64_t n, Acc<T>* sums) {
+  using A = Acc<T>;
+  constexpr bool kInPlace = sizeof(T) == sizeof(A);
+  constexpr int L = kLanes<A>;
+  const int64_t pixels = t.geometry.y.input * t.geometry.x.input;
+  const int64_t windows = t.geometry.y.output * t.geometry.x.output;
+  T* const to = t.to + image * pixels * t.channels + c;
+  const int64_t step = kInPlace ? t.channels : n;  // from pixel to pixel
+  if constexpr (kInPlace) sums = to;
+  const int64_t rows = step == n ? 1 : pixels, row = step == n ? pixels * n : n;
+  for (int64_t p = 0; p < rows; ++p) memset(sums + p * step, 0, size_t(row) * sizeof(A));
+  for (int64_t p = 0; p < windows; ++p) {
+    const int64_t element = (image * windows + p) * t.channels + c;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t pixel = t.flat[element + k];
+      if (uint64_t(pixel) >= uint64_t(pixels)) return false;
+      sums[pixel * step + k] += to_accumulate(t.from[element + k]);
+    }
+  }
+  for (int64_t p = 0; !kInPlace && p < pixels; ++p)
+    for (int64_t k = 0; k < n; k += L) {
+      const int rest = int(least(L, n - k));
+      store_n(to + p * t.channels + k, load_n(sums + p * n + k, rest), rest);
+    }
+  return true;
+}
+
+template <class T>
 int64_t max_unpool2d_gather_anywhere(const MaxUnpool<T>& t, PlaneStrides map, PlaneStrides windows, int64_t image,
                                      int64_t c, int32_t* owners) {
   const T* const from = t.from + image * map.image + c * map.channel;
@@ -363,6 +391,7 @@ int64_t max_unpool2d_gather_anywhere(const MaxUnpool<T>& t, PlaneStrides map, Pl
   template int64_t max_unpool2d_gather_channels_last<T>(const MaxUnpool<T>&, int64_t, int64_t);                       \
   template int64_t max_unpool2d_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t,        \
                                             Acc<T>*);                                                                 \
+  template bool max_unpool2d_add_block<T>(const MaxUnpool<T>&, int64_t, int64_t, int64_t, Acc<T>*);                   \
   template int64_t max_unpool2d_gather_anywhere<T>(const MaxUnpool<T>&, PlaneStrides, PlaneStrides, int64_t, int64_t, \
                                                    int32_t*);
 FASTCV_INSTANTIATE(float)
