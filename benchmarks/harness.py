@@ -23,6 +23,7 @@ import fastcv
 
 Thunk = Callable[[], Any]
 MINIMUM_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
+LONG_CALL = 20e-3  # seconds; in longer ones it matters little what the caches held
 MOST_ROUNDS = 60
 
 
@@ -117,7 +118,9 @@ class Times:
         return cls(statistics.median(samples), cuts[1], cuts[7], len(samples))
 
 
-def _sample(thunk: Thunk, calls: int) -> float:
+def _sample(thunk: Thunk, calls: int, warm: bool = False) -> float:
+    if warm:
+        thunk()
     start = time.perf_counter()
     for _ in range(calls):
         thunk()
@@ -127,14 +130,16 @@ def _sample(thunk: Thunk, calls: int) -> float:
 def measure(thunks: dict[str, Thunk], budget: float, least_rounds: int) -> dict[str, Times]:
     """Times each function once a round, for about ``budget`` seconds.
 
-    In another order each time: who comes after one that filled the caches with its own data is slower.
+    In another order each time, and after a call that is not timed: who comes after one that filled the caches with its
+    own data would be slower.
     """
-    calls, cost = {}, 0.0
+    calls, warm, cost = {}, {}, 0.0
     for name, thunk in thunks.items():
         _sample(thunk, 1)  # warm-up: caches, allocator, thread pool
         seconds = _sample(thunk, 1)
         calls[name] = max(1, round(MINIMUM_SAMPLE / max(seconds, 1e-7)))
-        cost += seconds * calls[name]
+        warm[name] = seconds < LONG_CALL
+        cost += seconds * (calls[name] + warm[name])
     if cost > budget / 3:
         least_rounds = min(least_rounds, 4)  # a round of seconds is not noisy
     rounds = min(MOST_ROUNDS, max(least_rounds, int(budget / cost)))
@@ -143,7 +148,7 @@ def measure(thunks: dict[str, Thunk], budget: float, least_rounds: int) -> dict[
     for _ in range(rounds):
         shuffle(turns)
         for name, thunk in turns:
-            samples[name].append(_sample(thunk, calls[name]))
+            samples[name].append(_sample(thunk, calls[name], warm[name]))
     return {name: Times.of(taken) for name, taken in samples.items()}
 
 

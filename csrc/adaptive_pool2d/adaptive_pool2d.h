@@ -45,7 +45,7 @@ struct AdaptiveAvgBackward {
 };
 
 // Where a channels-last map has few rows of bins, a task takes so many of its channels.
-constexpr int64_t kAdaptiveChannels = 256, kAdaptiveRows = 32;
+constexpr int64_t kAdaptiveChannels = 256;
 
 }  // namespace fastcv
 

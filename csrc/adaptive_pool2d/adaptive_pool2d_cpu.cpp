@@ -18,7 +18,8 @@ void run(const AdaptivePool<T>& task, bool channels_last) {
   const int64_t pixels = in.height * in.width, bins = task.y.bins * task.x.bins;
   if (channels_last) {
     const int64_t rows = task.y.bins;
-    const int64_t most = in.images * rows < kAdaptiveRows ? kAdaptiveChannels : in.channels;
+    const bool few = in.images * rows < 2 * torch::stable::get_num_threads();
+    const int64_t most = few ? kAdaptiveChannels : in.channels;
     const int64_t pieces = (in.channels + most - 1) / most;
     parallel_for(in.images * rows * pieces, pool_grain(pixels / rows * std::min(in.channels, most)),
                  [&](int64_t begin, int64_t end) {

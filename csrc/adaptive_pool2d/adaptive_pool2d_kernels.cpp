@@ -1,6 +1,6 @@
 // The loops of adaptive pooling, vectorised over channels.
 //
-// A channels-last map is read in place. Of a contiguous one the rows of a block of channels are brought into scratch
+// A channels-last map is read in place, row of bins after row. Of a contiguous one the rows of a block of channels are brought into scratch
 // first, pixel by pixel (channel_block.h), as bins are too narrow to be vectors: each row once, and as many of them as
 // the first-level cache holds. The mean of a whole plane is taken as it lies.
 //
@@ -18,18 +18,6 @@ struct Bin {
   double size() const { return double((y1 - y0) * (x1 - x0)); }
 };
 
-// A kilobyte of channels at a time where the registers hold it: pixels of many channels lie far apart.
-template <class A, class F>
-FASTCV_INLINE void each_wide_block(int64_t channels, const F& f) {
-  constexpr int L = kLanes<A>;
-  int64_t c = 0;
-  if constexpr (kVectorBytes == 64)
-    for (; c + 16 * L <= channels; c += 16 * L) f(c, L, Vectors<16>{});
-  each_channel_block<A>(channels - c, [&](int64_t rest, int n, auto vectors) FASTCV_INLINE_LAMBDA {
-    f(c + rest, n, vectors);
-  });
-}
-
 template <int V, class S>
 FASTCV_INLINE void mean_of(const S* map, int64_t stride_y, int64_t stride_x, const Bin& b, int n,
                            Vec<Acc<S>> (&mean)[V]) {
@@ -40,6 +28,33 @@ FASTCV_INLINE void mean_of(const S* map, int64_t stride_y, int64_t stride_x, con
     for (int64_t x = b.x0; x < b.x1; ++x)
       for (int v = 0; v < V; ++v) sum[v] += load_n(map + y * stride_y + x * stride_x + v * L, n);
   for (int v = 0; v < V; ++v) mean[v] = sum[v] / Acc<S>(b.size());
+}
+
+// Of a bin of many pixels: up to kMeanChannels channels, whose sums stay in the first-level cache, so that the map is
+// read in runs of 8 KB. From memory that is half again as fast as runs of four vectors.
+constexpr int64_t kMeanChannels = 2048, kManyPixels = 9;
+
+template <class S>
+FASTCV_INLINE void mean_of_channels(const S* map, int64_t stride_y, int64_t stride_x, const Bin& b, int64_t channels,
+                                    S* mean) {
+  using A = Acc<S>;
+  constexpr int L = kLanes<A>;
+  A sums[kMeanChannels];
+  for (int64_t y = b.y0; y < b.y1; ++y)
+    for (int64_t x = b.x0; x < b.x1; ++x) {
+      const S* const pixel = map + y * stride_y + x * stride_x;
+      const bool first = y == b.y0 && x == b.x0;
+      each_channel_block<A>(channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
+        for (int v = 0; v < decltype(vectors)::value; ++v) {
+          const Vec<A> value = load_n(pixel + c + v * L, n);
+          store(sums + c + v * L, first ? value : load(sums + c + v * L) + value);
+        }
+      });
+    }
+  each_channel_block<A>(channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
+    for (int v = 0; v < decltype(vectors)::value; ++v)
+      store_n(mean + c + v * L, load(sums + c + v * L) / A(b.size()), n);
+  });
 }
 
 template <int V, class S>
@@ -149,8 +164,12 @@ void adaptive_pool2d_channels_last(const AdaptivePool<T>& t, int64_t image, int6
           store_indices(t.indices + bin + c + v * L, index[v], n);
         }
       });
+    else if (b.size() > kManyPixels)
+      for (int64_t c = 0; c < end - begin; c += kMeanChannels)
+        mean_of_channels(map + c, in.stride_y, in.stride_x, b, least(kMeanChannels, end - begin - c),
+                         t.output + bin + c);
     else
-      each_wide_block<A>(end - begin, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
+      each_channel_block<A>(end - begin, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
         Vec<A> mean[V];
         mean_of(map + c, in.stride_y, in.stride_x, b, n, mean);
@@ -276,6 +295,14 @@ void adaptive_avg_pool2d_backward_contiguous(const AdaptiveAvgBackward<T>& t, in
   for (int64_t i = begin; i < end; ++i) {
     const T* const grad = t.grad + i / out.channels * t.stride_n + i % out.channels * t.stride_c;
     T* const plane = out.data + i * out.height * width;
+    if (t.y.bins * t.x.bins == 1) {
+      const int64_t pixels = out.height * width;
+      const Vec<A> part = broadcast(to_accumulate(*grad) / A(pixels));
+      int64_t p = 0;
+      for (; p + L <= pixels; p += L) store(plane + p, part);
+      if (p < pixels) store_first(plane + p, part, int(pixels - p));
+      continue;
+    }
     for (int64_t oy = 0; oy < t.y.bins; ++oy) {  // a row of bins, as wide as the map
       A* const row = scratch + oy * width;
       for (int64_t x = 0; x < width; ++x) row[x] = 0;

@@ -12,7 +12,7 @@ namespace fastcv {
 // Outputs from this size on are written past the caches: 13.9 MB (256 channels of 100 x 136) take 0.53 ms of one core,
 // and 1.0 to 1.3 ms with plain stores, which read each line first, unless the whole output is still in the third-level
 // cache; 8.4 MB are faster with plain stores.
-constexpr int64_t kInterpolateStreamBytes = int64_t(12) << 20;
+constexpr int64_t kInterpolateStreamBytes = int64_t(32) << 20;
 
 // One axis of the forward pass: output o is input[low], or (1 - weight) * input[low] + weight * input[low + 1], where
 // the last input stands for the one after it. Padded to whole vectors.

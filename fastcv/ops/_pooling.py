@@ -160,9 +160,11 @@ def is_channels_last(map: Tensor) -> bool:
 
 def in_format(grad: Tensor, channels_last: bool) -> Tensor:
     """A gradient in the memory format that its map had: maps of one pixel do not show it."""
-    if not channels_last or tuple(grad.shape[2:]) != (1, 1):
+    if not channels_last:
         return grad
-    return grad.reshape(grad.shape[0], 1, 1, grad.shape[1]).permute(0, 3, 1, 2)
+    if tuple(grad.shape[2:]) == (1, 1):
+        return grad.reshape(grad.shape[0], 1, 1, grad.shape[1]).permute(0, 3, 1, 2)
+    return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def fold_images(op):
