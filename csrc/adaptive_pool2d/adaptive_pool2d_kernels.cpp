@@ -1,8 +1,8 @@
 // The loops of adaptive pooling, vectorised over channels.
 //
-// A channels-last map is read in place, row of bins after row. Of a contiguous one the rows of a block of channels are brought into scratch
-// first, pixel by pixel (channel_block.h), as bins are too narrow to be vectors: each row once, and as many of them as
-// the first-level cache holds. The mean of a whole plane is taken as it lies.
+// A channels-last map is read in place, row of bins after row. Of a contiguous one rows of a block of channels come to
+// scratch first, pixel by pixel (channel_block.h), as bins are too narrow to be vectors: each row once, and as many of
+// them as the first-level cache holds. The mean of a whole plane is taken as it lies.
 //
 // Bytes bound it: the map is read once. The means of 2048 planes of 7x7 are 0.4 MB in float32 and 0.1 M additions.
 #include "adaptive_pool2d.h"

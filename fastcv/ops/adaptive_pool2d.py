@@ -76,10 +76,9 @@ def adaptive_avg_pool2d(input: Tensor, output_size: OutputSize) -> Tensor:
         >>> fastcv.ops.adaptive_avg_pool2d(torch.arange(9.).reshape(1, 1, 3, 3), 2).flatten()
         tensor([2., 3., 5., 6.])
     """
-    # A mean without a gradient is as fast here.
-    if type(output_size) is int and output_size > 0 and torch_is_faster("adaptive", input):
-        if output_size > 1 or input.requires_grad:
-            return _torch_avg(input, output_size)
+    small = type(output_size) is int and output_size > 0 and torch_is_faster("adaptive", input)
+    if small and (output_size > 1 or input.requires_grad):  # the mean of a map is as fast here
+        return _torch_avg(input, output_size)
     size = _bins(input, output_size)
     if torch.compiler.is_compiling() and in_onnx_export():
         return F.adaptive_avg_pool2d(input, size)
