@@ -167,7 +167,8 @@ void run_group(const Conv2d& conv, int64_t image, int64_t y) {
 
 bool conv2d_grouped_serves(const Conv2dShape& s) {
   const int64_t g = s.group_channels();
-  return (g == 2 || g == 4 || g == 8 || g == 16) && L % g == 0 && s.group_outputs() == g && s.kernel_w == KW &&
+  const bool serves = g == 2 || g == 4 || g == 8 || (g == 16 && s.groups > 1);  // one group: Winograd's or a product
+  return serves && L % g == 0 && s.group_outputs() == g && s.kernel_w == KW &&
          s.dilation_h == 1 && s.dilation_w == 1 && (s.stride_w == 1 || s.stride_w == 2);
 }
 
