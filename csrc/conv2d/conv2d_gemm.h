@@ -78,7 +78,7 @@ void run_tile(const Tile& t) {
     const float* input = input_y;
     if (t.ahead)
       for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
-        weight = accumulate<true, kPairs>(sum, input, t.step, t.run, weight, t.ahead);
+        weight = accumulate<true, kPairs>(sum, input, t.step, t.run, weight, weight + t.ahead * NV * L, NV * L / 16);
     else
       for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
         weight = accumulate<false, kPairs>(sum, input, t.step, t.run, weight);

@@ -29,20 +29,18 @@ FASTCV_INLINE Vec<float> add_pairs(Vec<float> x, Vec<float> y, Vec<float> sum) {
 #endif
 }
 
-// sum[r][v] += input[r * step + k] * weight[k][v] over k < depth; returns the end of the weights. Ahead: meanwhile
-// fetches the weights `ahead` steps of k further on into the second-level cache.
-template <bool Ahead = false, bool Pairs = false, int R, int NV>
+// sum[r][v] += input[r * step + k] * weight[k][v] over k < depth; returns the end of the weights. Fetch: meanwhile
+// brings what lies at `next` into the second-level cache, so many lines for each k.
+template <bool Fetch = false, bool Pairs = false, int R, int NV>
 FASTCV_INLINE const float* accumulate(Vec<float> (&sum)[R][NV], const float* input, int64_t step, int64_t depth,
-                                      const float* weight, int64_t ahead = 0) {
+                                      const float* weight, const float* next = nullptr, int lines = 0) {
   constexpr int L = kLanes<float>;
   for (int64_t k = 0; k < depth; ++k, weight += NV * L) {
     Vec<float> w[NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) w[v] = load(weight + v * L);
-    if constexpr (Ahead) {
-#pragma GCC unroll 16
-      for (int line = 0; line < NV * L * 4 / 64; ++line) __builtin_prefetch(weight + ahead * NV * L + line * 16, 0, 2);
-    }
+    if constexpr (Fetch)
+      for (int line = 0; line < lines; ++line, next += 16) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<float> x = broadcast(input[r * step + k]);
