@@ -1,5 +1,5 @@
-// How a convolution as a matrix product is divided into blocks of pixels, panels of outputs, and chunks of depth; why is
-// said in conv2d_gemm.h, which includes this.
+// How a convolution as a matrix product is divided into blocks of pixels, panels of outputs, and chunks of depth.
+// conv2d_gemm.h, which includes this, says why.
 #pragma once
 
 #include "conv2d_epilogue.h"

@@ -39,9 +39,9 @@
 //
 // Arithmetic bounds it where there are tiles enough: the products are a quarter of the direct sum's, and the transforms
 // add 2 operations per element and pixel for large C. Where there are few, reading U does: 512 x 512 channels at 7x7
-// pixels have 38 MB for P = 6 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for P = 4 (0.65 ms in all). So a
-// product prefetches the next one's U, a part during each of its tiles: 512 x 512 channels at 14x14 1.67 ms, 1.86 where
-// the last tile fetched all of it.
+// pixels have 38 MB for P = 6 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for P = 4 (0.65 ms in all). So
+// a product prefetches the next one's U, a part during each of its tiles: 512 x 512 channels at 14x14 take 1.67 ms, and
+// 1.86 where the last tile fetches all of it.
 #include "conv2d_epilogue.h"
 #include "conv2d_tile.h"
 #include "conv2d_winograd_transforms.h"
