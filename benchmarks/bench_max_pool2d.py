@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import fastcv
 from benchmarks.harness import Case, as_test
+from benchmarks.layouts import LAYOUTS, pooling_contenders
 
-LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 SHAPES = {  # size, kernel, stride, padding
     "SegNet 2x2, 8x64x256x256": ((8, 64, 256, 256), 2, 2, 0),
     "VGG 2x2, 1x64x224x224": ((1, 64, 224, 224), 2, 2, 0),
@@ -22,27 +22,6 @@ SHAPES = {  # size, kernel, stride, padding
 def _compact(x, *window):
     values, indices = fastcv.ops.max_pool2d(x, *window, return_indices=True, indices="compact")
     return values, indices
-
-
-def _in(memory_format, function, gradient=False):
-    def prepare(x, *window):
-        x = x.contiguous(memory_format=memory_format)
-        if not gradient:
-
-            def call():
-                with torch.no_grad():
-                    return function(x, *window)
-
-            return call
-        x.requires_grad_()
-
-        def both():
-            out = function(x, *window)
-            return torch.autograd.grad(out, x, out.detach())
-
-        return both
-
-    return prepare
 
 
 def _values(result, expected):
@@ -62,8 +41,7 @@ def _case(name, layout, what, ours, theirs, gradient=False):
         "max_pool2d",
         f"{name}, {what}, {layout}",
         inputs,
-        {"fastcv": _in(LAYOUTS[layout], ours, gradient)}
-        | {f"torch, {other}": _in(LAYOUTS[other], theirs, gradient) for other in LAYOUTS},
+        pooling_contenders(ours, theirs, layout, gradient),
         agree=_values,
     )
 

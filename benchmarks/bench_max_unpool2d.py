@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import fastcv
 from benchmarks.harness import Case, as_test
+from benchmarks.layouts import LAYOUTS
 
-LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 SHAPES = {
     "SegNet 2x2, 8x64x256x256": (8, 64, 256, 256),
     "DeconvNet 2x2, 1x512x28x28": (1, 512, 28, 28),

@@ -1,10 +1,13 @@
-"""The contenders of convolutions: fastcv channels-last, torch in both memory formats."""
+"""Contenders where the memory format matters: torch runs in both, and is compared by its faster one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+
+
+LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def in_format(function: Callable, memory_format: torch.memory_format) -> Callable:
@@ -18,9 +21,33 @@ def in_format(function: Callable, memory_format: torch.memory_format) -> Callabl
 
 
 def contenders(ours: Callable, theirs: Callable) -> dict[str, Callable]:
-    """The input comes channels-last; fastcv lays the weight out itself."""
-    return {
-        "fastcv": lambda *arguments: lambda: ours(*arguments),
-        "torch, channels-last": in_format(theirs, torch.channels_last),
-        "torch, contiguous": in_format(theirs, torch.contiguous_format),
+    """Of convolutions: the input comes channels-last; fastcv lays the weight out itself."""
+    return {"fastcv": lambda *arguments: lambda: ours(*arguments)} | {
+        f"torch, {layout}": in_format(theirs, LAYOUTS[layout]) for layout in LAYOUTS
+    }
+
+
+def pooling(function: Callable, layout: str, gradient: bool = False) -> Callable:
+    """Times ``function`` of a map in a layout without gradients, or with the gradient of the map."""
+
+    def prepare(x, *arguments):
+        x = x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_(gradient)
+
+        def forward():
+            with torch.no_grad():
+                return function(x, *arguments)
+
+        def both():
+            out = function(x, *arguments)
+            return torch.autograd.grad(out, x, out.detach())
+
+        return both if gradient else forward
+
+    return prepare
+
+
+def pooling_contenders(ours: Callable, theirs: Callable, layout: str, gradient: bool = False) -> dict[str, Callable]:
+    """fastcv in one layout, torch in both."""
+    return {"fastcv": pooling(ours, layout, gradient)} | {
+        f"torch, {other}": pooling(theirs, other, gradient) for other in LAYOUTS
     }

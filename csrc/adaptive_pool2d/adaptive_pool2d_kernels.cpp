@@ -26,7 +26,7 @@ FASTCV_INLINE void mean_of(const S* map, int64_t stride_y, int64_t stride_x, con
   for (int v = 0; v < V; ++v) sum[v] = Vec<Acc<S>>{};
   for (int64_t y = b.y0; y < b.y1; ++y)
     for (int64_t x = b.x0; x < b.x1; ++x)
-      for (int v = 0; v < V; ++v) sum[v] += load_n(map + y * stride_y + x * stride_x + v * L, n);
+      for (int v = 0; v < V; ++v) sum[v] += load_some(map + y * stride_y + x * stride_x + v * L, n);
   for (int v = 0; v < V; ++v) mean[v] = sum[v] / Acc<S>(b.size());
 }
 
@@ -46,14 +46,14 @@ FASTCV_INLINE void mean_of_channels(const S* map, int64_t stride_y, int64_t stri
       const bool first = y == b.y0 && x == b.x0;
       each_channel_block<A>(channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
         for (int v = 0; v < decltype(vectors)::value; ++v) {
-          const Vec<A> value = load_n(pixel + c + v * L, n);
+          const Vec<A> value = load_some(pixel + c + v * L, n);
           store(sums + c + v * L, first ? value : load(sums + c + v * L) + value);
         }
       });
     }
   each_channel_block<A>(channels, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
     for (int v = 0; v < decltype(vectors)::value; ++v)
-      store_n(mean + c + v * L, load(sums + c + v * L) / A(b.size()), n);
+      store_some(mean + c + v * L, load(sums + c + v * L) / A(b.size()), n);
   });
 }
 
@@ -69,7 +69,7 @@ FASTCV_INLINE void maximum_of(const S* map, int64_t stride_y, int64_t stride_x, 
   for (int64_t y = b.y0; y < b.y1; ++y)
     for (int64_t x = b.x0; x < b.x1; ++x)
       for (int v = 0; v < V; ++v) {
-        const Vec<Acc<S>> value = load_n(map + y * stride_y + x * stride_x + v * L, n);
+        const Vec<Acc<S>> value = load_some(map + y * stride_y + x * stride_x + v * L, n);
         const auto better = takes_over(value, best[v]);
         best[v] = better ? value : best[v];
         index[v] = better ? Vec<P>{} + P(y * width + x) : index[v];
@@ -92,10 +92,10 @@ struct RowsHeld {
   // make whole squares. What is asked for ascends.
   void bring(int64_t y, int64_t last, int64_t end) {
     if (last <= next) return;
-    next = most(next, y);
-    for (const int64_t stop = least(end, y + count); next < stop;) {
+    next = max_of(next, y);
+    for (const int64_t stop = min_of(end, y + count); next < stop;) {
       const bool dense = stride_x == 1 && stride_y == width;
-      const int64_t rows = dense ? least(stop - next, count - (next & (count - 1))) : 1;
+      const int64_t rows = dense ? min_of(stop - next, count - (next & (count - 1))) : 1;
       pack(map + next * stride_y, stride_c, stride_x, rows * width, channels, of(next));
       next += rows;
     }
@@ -160,20 +160,20 @@ void adaptive_pool2d_channels_last(const AdaptivePool<T>& t, int64_t image, int6
         Vec<Position<T>> index[V];
         maximum_of(map + c, in.stride_y, in.stride_x, in.width, b, n, best, index);
         for (int v = 0; v < V; ++v) {
-          store_n(t.output + bin + c + v * L, best[v], n);
+          store_some(t.output + bin + c + v * L, best[v], n);
           store_indices(t.indices + bin + c + v * L, index[v], n);
         }
       });
     else if (b.size() > kManyPixels)
       for (int64_t c = 0; c < end - begin; c += kMeanChannels)
-        mean_of_channels(map + c, in.stride_y, in.stride_x, b, least(kMeanChannels, end - begin - c),
+        mean_of_channels(map + c, in.stride_y, in.stride_x, b, min_of(kMeanChannels, end - begin - c),
                          t.output + bin + c);
     else
       each_channel_block<A>(end - begin, [&](int64_t c, int n, auto vectors) FASTCV_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
         Vec<A> mean[V];
         mean_of(map + c, in.stride_y, in.stride_x, b, n, mean);
-        for (int v = 0; v < V; ++v) store_n(t.output + bin + c + v * L, mean[v], n);
+        for (int v = 0; v < V; ++v) store_some(t.output + bin + c + v * L, mean[v], n);
       });
   }
 }
@@ -184,7 +184,7 @@ void adaptive_pool2d_packed(const AdaptivePool<T>& t, int64_t image, int64_t cha
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const FeatureMap<const T> in = t.input;
-  const int channels = int(least(L, in.channels - channel));
+  const int channels = int(min_of(L, in.channels - channel));
   const int64_t bins = t.x.bins, to = image * t.stride_n + channel * t.stride_c, held = t.bin_rows_held();
   RowsHeld<T> rows{in.data + image * in.stride_n + channel * in.stride_c,
                    in.stride_c,
@@ -200,7 +200,7 @@ void adaptive_pool2d_packed(const AdaptivePool<T>& t, int64_t image, int64_t cha
     const int64_t y0 = t.y.begin(oy), y1 = t.y.end(oy), at = to + oy * bins * t.stride_bin;
     A* const sums = values + (oy - first) * bins * L;
     for (int64_t y = y0; y < y1; y += rows.count) {
-      const int64_t last = least(y1, y + rows.count);
+      const int64_t last = min_of(y1, y + rows.count);
       rows.bring(y, last, t.y.end(end - 1));
       for (int64_t ox = 0; ox < bins; ++ox) {
         const Bin b{y0, y1, t.x.begin(ox), t.x.end(ox)};
@@ -229,7 +229,7 @@ void global_avg_pool2d(const AdaptivePool<T>& t, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end;) {
     // As many planes as a vector has lanes; their sums are added across by turning rows into columns.
     const int64_t image = i / in.channels, c = i % in.channels;
-    const int n = int(least(L, least(end - i, in.channels - c)));
+    const int n = int(min_of(L, min_of(end - i, in.channels - c)));
     Vec<A> rows[L];
     for (int l = 0; l < L; ++l) {
       const T* const plane = in.data + image * in.stride_n + (c + (l < n ? l : 0)) * in.stride_c;
@@ -244,7 +244,7 @@ void global_avg_pool2d(const AdaptivePool<T>& t, int64_t begin, int64_t end) {
     transpose(rows);
     for (int half = L / 2; half > 0; half /= 2)
       for (int l = 0; l < half; ++l) rows[l] += rows[l + half];
-    store_n(t.output + image * t.stride_n + c * t.stride_c, rows[0] / A(pixels), n);
+    store_some(t.output + image * t.stride_n + c * t.stride_c, rows[0] / A(pixels), n);
     i += n;
   }
 }
@@ -277,9 +277,9 @@ void adaptive_avg_pool2d_backward_channels_last(const AdaptiveAvgBackward<T>& t,
           for (int64_t ox = first_x; ox < end_x; ++ox) {
             const T* const grad = t.grad + image * t.stride_n + (oy * t.x.bins + ox) * t.stride_bin + c;
             const A part = one ? only : share(t, oy, ox);
-            for (int v = 0; v < V; ++v) sum[v] += load_n(grad + v * kLanes<A>, n) * part;
+            for (int v = 0; v < V; ++v) sum[v] += load_some(grad + v * kLanes<A>, n) * part;
           }
-        for (int v = 0; v < V; ++v) store_n(to + c + v * kLanes<A>, sum[v], n);
+        for (int v = 0; v < V; ++v) store_some(to + c + v * kLanes<A>, sum[v], n);
       });
     }
   }
@@ -315,10 +315,11 @@ void adaptive_avg_pool2d_backward_contiguous(const AdaptiveAvgBackward<T>& t, in
     for (int64_t y = 0; y < out.height; ++y) {
       const int64_t first = y * t.y.bins / out.height;
       for (int64_t x = 0; x < width; x += L) {
-        const int n = int(least(L, width - x));
+        const int n = int(min_of(L, width - x));
         Vec<A> sum{};
-        for (int64_t oy = first; oy < t.y.bins && t.y.begin(oy) <= y; ++oy) sum += load_n(scratch + oy * width + x, n);
-        store_n(plane + y * width + x, sum, n);
+        for (int64_t oy = first; oy < t.y.bins && t.y.begin(oy) <= y; ++oy)
+          sum += load_some(scratch + oy * width + x, n);
+        store_some(plane + y * width + x, sum, n);
       }
     }
   }

@@ -23,11 +23,11 @@ void average_rows(const AvgPool<T>& t, int64_t begin, int64_t end) {
     const Plane<T> plane = plane_of(t.input, task / g.y.output);
     const TapRange rows = taps_inside(g.y, oy);
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
-      const int n = int(least(L, g.x.output - ox));
+      const int n = int(min_of(L, g.x.output - ox));
       Vec<Acc<T>> sum{};
       each_tap<S, K>(g, plane, rows, oy, ox, n, Acc<T>(0),
                      [&](int64_t, int64_t, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA { sum += value; });
-      store_part(t.output + task * g.x.output + ox, sum / (t.rows[oy] * load_n(t.columns + ox, n)), n, t.stream);
+      store_part(t.output + task * g.x.output + ox, sum / (t.rows[oy] * load_some(t.columns + ox, n)), n, t.stream);
     }
   }
   if (t.stream) stream_end();
@@ -100,7 +100,7 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
         for (int64_t i = rows.first; i < rows.last; ++i)
           for (int64_t j = columns.first; j < columns.last; ++j) {
             const T* const tap = window + i * in.stride_y + j * in.stride_x + c;
-            for (int v = 0; v < V; ++v) sum[v] += load_n(tap + v * L, n);
+            for (int v = 0; v < V; ++v) sum[v] += load_some(tap + v * L, n);
           }
         for (int v = 0; v < V; ++v) store_part(to + c + v * L, sum[v] / count, n, t.stream);
       });
@@ -132,7 +132,7 @@ void avg_pool2d_backward_channels_last(const AvgPoolBackward<T>& t, int64_t begi
             const int64_t oy = t.above.list[a].window, ox = t.beside.list[b].window;
             const T* const grad = t.grad + ((image * y.output + oy) * x.output + ox) * t.channels + c;
             const A share = t.rows[oy] * t.columns[ox];
-            for (int v = 0; v < V; ++v) sum[v] += load_n(grad + v * L, n) * share;
+            for (int v = 0; v < V; ++v) sum[v] += load_some(grad + v * L, n) * share;
           }
         for (int v = 0; v < V; ++v) store_part(to + c + v * L, sum[v], n, t.stream);
       });

@@ -7,27 +7,12 @@
 
 namespace fastcv::FASTCV_ISA {
 
-FASTCV_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // 0, 1, 2, ... in the lanes.
 template <class P>
 FASTCV_INLINE Vec<P> iota() {
   Vec<P> v;
   for (int l = 0; l < kLanes<P>; ++l) v[l] = P(l);
   return v;
-}
-
-template <class S>
-FASTCV_INLINE auto load_n(const S* p, int n) {
-  return n == kLanes<Acc<S>> ? load(p) : load_first(p, n);
-}
-template <class S>
-FASTCV_INLINE void store_n(S* p, Vec<Acc<S>> v, int n) {
-  if (n == kLanes<Acc<S>>)
-    store(p, v);
-  else
-    store_first(p, v, n);
 }
 
 // p[l] in the lanes l of [first, last), zero in the others, whose memory is not touched.
@@ -50,8 +35,8 @@ struct LaneRange {
 };
 template <class A>
 FASTCV_INLINE LaneRange lanes_inside(int64_t o, int64_t count) {
-  const int first = int(least(kLanes<A>, most(0, -o)));
-  return {first, int(most(first, least(kLanes<A>, count - o)))};
+  const int first = int(min_of(kLanes<A>, max_of(0, -o)));
+  return {first, int(max_of(first, min_of(kLanes<A>, count - o)))};
 }
 
 // A whole vector, past the caches where `stream` says so and the address allows it.
@@ -203,9 +188,9 @@ FASTCV_INLINE Vec<P> load_indices(const int64_t* from, LaneRange lanes) {
     return load_half_of_indices(from, lanes.first, lanes.last);
   } else {
     constexpr int H = kLanes<int64_t>;
-    const int low_first = int(least(lanes.first, H)), high_last = int(most(lanes.last - H, 0));
-    Vec<int64_t> low = load_half_of_indices(from, low_first, int(least(lanes.last, H)));
-    Vec<int64_t> high = load_half_of_indices(from + H, int(least(high_last, most(lanes.first - H, 0))), high_last);
+    const int low_first = int(min_of(lanes.first, H)), high_last = int(max_of(lanes.last - H, 0));
+    Vec<int64_t> low = load_half_of_indices(from, low_first, int(min_of(lanes.last, H)));
+    Vec<int64_t> high = load_half_of_indices(from + H, int(min_of(high_last, max_of(lanes.first - H, 0))), high_last);
     low = (low >> 31) == 0 ? low : Vec<int64_t>{} - 1;
     high = (high >> 31) == 0 ? high : Vec<int64_t>{} - 1;
     return even_lanes((Vec<int32_t>)low, (Vec<int32_t>)high, LaneIndices<int32_t>{});  // the lower halves

@@ -13,8 +13,8 @@ struct TapRange {
 };
 FASTCV_INLINE TapRange taps_inside(const PoolAxis& axis, int64_t o) {
   const int64_t start = axis.start(o), d = axis.dilation, below = axis.input - start;
-  if (d == 1) return {start < 0 ? -start : 0, least(axis.kernel, below)};
-  return {start < 0 ? (d - 1 - start) / d : 0, below > 0 ? least(axis.kernel, (below + d - 1) / d) : 0};
+  if (d == 1) return {start < 0 ? -start : 0, min_of(axis.kernel, below)};
+  return {start < 0 ? (d - 1 - start) / d : 0, below > 0 ? min_of(axis.kernel, (below + d - 1) / d) : 0};
 }
 
 // p[0], p[stride], p[2 stride], ... and nothing behind the last; S = 0 stands for strides other than 1 and 2.
@@ -119,7 +119,7 @@ FASTCV_INLINE void each_tap(const PoolGeometry& g, const Plane<T>& plane, TapRan
 // that the next ones take turns.
 template <class T>
 FASTCV_INLINE void prefetch_rows(const T* first, int64_t row_stride, int64_t rows, int64_t n) {
-  for (int64_t i = 0; i < least(rows, 4); ++i)
+  for (int64_t i = 0; i < min_of(rows, 4); ++i)
     for (int64_t at = 0; at < n; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + i * row_stride + at);
 }
 
@@ -178,7 +178,7 @@ FASTCV_INLINE void store_phases(const Vec<Acc<T>>* phases, T* row, int64_t x, in
     } else {
       T copy[L];
       store(copy, pieces[s]);
-      const int64_t first = most(0, -x), last = least(L, width - x);
+      const int64_t first = max_of(0, -x), last = min_of(L, width - x);
       if (first < last) memcpy(row + x + first, copy + first, size_t(last - first) * sizeof(T));
     }
   }

@@ -39,6 +39,11 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// <algorithm>'s could be copies for another instruction set.
+FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
@@ -47,6 +52,18 @@ template <class T>
 using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
+
+// Integers as wide as A, so that one comparison's mask selects from vectors of both.
+template <class A>
+struct SameSizeOf {
+  using type = int32_t;
+};
+template <>
+struct SameSizeOf<double> {
+  using type = int64_t;
+};
+template <class A>
+using SameSize = typename SameSizeOf<A>::type;
 
 // A vector of L lanes of T, whatever its width in bytes.
 template <class T, int L>

@@ -8,7 +8,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -19,6 +18,7 @@
 
 #include "feature_map.h"
 #include "large_blocks.h"
+#include "portions.h"
 #include "types.h"
 
 namespace fastcv {
@@ -118,32 +118,18 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> size, ScalarType dtype,
                                   [](void* memory) { LargeBlocks::instance().give_back(memory); });
 }
 
-// The same for items of uneven cost, `grain` of them at a time. Each thread has its own part of them, the same in every
-// call, because what it read and wrote last time lies in its own cache; one that is done takes from the others' parts.
+// The same for items of uneven cost, `grain` of them at a time (portions.h).
 template <class F>
 void parallel_dynamic(int64_t n, int64_t grain, const F& f) {
   const int64_t blocks = (n + grain - 1) / grain;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  const auto block = [&](int64_t i) { f(i * grain, std::min(n, (i + 1) * grain)); };
   if (threads <= 1) {
-    for (int64_t begin = 0; begin < n; begin += grain) f(begin, std::min(n, begin + grain));
+    for (int64_t i = 0; i < blocks; ++i) block(i);
     return;
   }
-  struct alignas(64) Part {  // a cache line each
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  const std::unique_ptr<Part[]> parts(new Part[size_t(threads)]);
-  for (int64_t t = 0; t < threads; ++t) {
-    parts[size_t(t)].next = blocks * t / threads * grain;
-    parts[size_t(t)].end = std::min(n, blocks * (t + 1) / threads * grain);
-  }
-  parallel_for(threads, 1, [&](int64_t me, int64_t) {
-    for (int64_t i = 0; i < threads; ++i) {
-      Part& part = parts[size_t((me + i) % threads)];
-      for (int64_t begin; (begin = part.next.fetch_add(grain)) < part.end;)
-        f(begin, std::min(part.end, begin + grain));
-    }
-  });
+  const std::unique_ptr<Counter[]> claimed(new Counter[size_t(threads)]);
+  parallel_for(threads, 1, [&](int64_t me, int64_t) { each_claimed(blocks, threads, me, claimed.get(), block); });
 }
 
 // Scratch memory aligned to 64 bytes. Each thread keeps the largest block of up to 16 MB that it gave back: memory

@@ -20,7 +20,6 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int6
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding, dilation: expected two numbers each");
   Conv2dShape s{};
-  s.threads = torch::stable::get_num_threads();
   s.images = input[0], s.channels = input[1], s.height = input[2], s.width = input[3];
   s.out_channels = weight[0], s.kernel_h = weight[2], s.kernel_w = weight[3];
   s.stride_h = stride[0], s.stride_w = stride[1], s.pad_h = padding[0], s.pad_w = padding[1];
@@ -31,6 +30,7 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const std::vector<int6
   STD_TORCH_CHECK(is_valid_window(s), kValidWindow);
   STD_TORCH_CHECK(set_output_size(s), "input: ", s.height, " x ", s.width,
                   " with its padding is smaller than the kernel");
+  s.threads = threads_for(weight[0] * weight[1] * weight[2] * weight[3], s.images * s.out_height * s.out_width);
   return s;
 }
 
@@ -116,13 +116,9 @@ Tensor run_conv2d(const Conv2dKernel& kernel, Conv2d& conv, const Tensor& input_
   Tensor output = empty_cpu({shape.images, shape.out_channels, shape.out_height, shape.out_width}, ScalarType::Float,
                             MemoryFormat::ChannelsLast);
   conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
-  if (output.numel() > 0) {
-    const int64_t scratch_size = kernel.scratch(shape);
-    parallel_dynamic(kernel.tasks(shape), 1, [&](int64_t begin, int64_t end) {
-      const Scratch<float> scratch = allocate_scratch<float>(scratch_size);
-      kernel.run(conv, begin, end, scratch.get());
-    });
-  }
+  if (output.numel() > 0)
+    run_tasks(shape, kernel.tasks(shape), kernel.scratch(shape),
+              [&](int64_t begin, int64_t end, float* scratch) { kernel.run(conv, begin, end, scratch); });
   return is_channels_last(input_any) ? output : torch::stable::contiguous(output);
 }
 

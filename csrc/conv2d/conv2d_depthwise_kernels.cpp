@@ -17,10 +17,6 @@ namespace {
 constexpr int L = kLanes<float>;
 constexpr int64_t kTaskElements = 8 * 1024;   // outputs of a task: less is not worth another thread
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t padded_channels(const Conv2dShape& s) { return ceil_div(s.channels, L) * L; }
 int64_t task_rows(const Conv2dShape& s) {
   return max_of(min_of(2, s.out_height), min_of(s.out_height, kTaskElements / max_of(1, s.out_width * s.channels)));

@@ -17,10 +17,6 @@ constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel that is not cut: 3
 // Where the pixels' channels are cut: how deep, and panels of a task.
 constexpr int64_t kFlatChunk = 512, kChunkedPanels = 4;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Words of a pixel of a group.
 FASTCV_INLINE int64_t words(const Conv2dShape& s) {
   return kPairs ? ceil_div(s.group_channels(), 2) : s.group_channels();

@@ -12,8 +12,6 @@ constexpr int L = kLanes<float>;
 constexpr int kRows = 4, kPixels = 4;
 constexpr int64_t kTaskWeights = 64 * 1024;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
 int64_t task_rows(const Conv2dShape& s) {
   const int64_t rows = kTaskWeights / s.channels / kRows * kRows;
   return rows < kRows ? kRows : rows;

@@ -13,10 +13,6 @@ namespace {
 constexpr int L = kLanes<float>, KW = 3;
 constexpr int64_t kTaskSums = 256 * 1024;  // multiply-adds of vectors in a task
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t task_rows(const Conv2dShape& s) {
   const int64_t row = s.out_width * ceil_div(s.channels, L) * KW * s.kernel_h * s.group_channels();
   return max_of(1, min_of(s.out_height, kTaskSums / max_of(1, row)));

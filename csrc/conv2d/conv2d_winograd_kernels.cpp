@@ -51,10 +51,6 @@ namespace {
 
 constexpr int L = kLanes<float>;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Of a kernel with R elements along an axis: input and output pixels of a tile.
 template <int P, int R>
 constexpr int kPatch = R == 1 ? 1 : P;

@@ -19,9 +19,6 @@ using Acc = accumulate_t<T>;
 
 constexpr int64_t kMostPatches = 128 * 1024;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // A patch in scratch memory, padded to whole vectors.
 template <class T>
 int64_t patch_step(const Conv2dLocalShape& s) {

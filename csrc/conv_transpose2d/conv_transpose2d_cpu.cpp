@@ -20,7 +20,6 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, 
     STD_TORCH_CHECK(pair->size() == 2, "stride, padding, output_padding, dilation: expected two numbers each");
   STD_TORCH_CHECK(is_window_number(g.groups, 1), "groups: expected a positive number, got ", g.groups);
   Conv2dShape s{};
-  s.threads = torch::stable::get_num_threads();
   s.images = input[0], s.channels = input[1], s.height = input[2], s.width = input[3];
   s.out_channels = weight.size(1) * g.groups, s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
   s.stride_h = g.stride[0], s.stride_w = g.stride[1], s.pad_h = g.padding[0], s.pad_w = g.padding[1];
@@ -34,6 +33,7 @@ Conv2dShape make_shape(const std::vector<int64_t>& input, const Tensor& weight, 
                   s.stride_h, " x ", s.stride_w);
   STD_TORCH_CHECK(set_transposed_output_size(s, g.output_padding[0], g.output_padding[1]), "input: ", s.height, " x ",
                   s.width, " with this padding and output_padding has no output, or one of 2^31 pixels along an axis");
+  s.threads = threads_for(weight.numel(), s.images * s.height * s.width);
   return s;
 }
 
@@ -81,11 +81,8 @@ Tensor conv_transpose2d_cpu(const Tensor& input_any, const Tensor& weight, const
   conv.activation = activation_of(activation), conv.slope = float(slope);
   conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
   const Epilogue epilogue(bias, residual, conv);
-  const size_t scratch_size = size_t(plan.scratch());
-  parallel_dynamic(plan.tasks(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<float> scratch = allocate_scratch<float>(scratch_size);
-    plan.run(conv, begin, end, scratch.get());
-  });
+  run_tasks(shape, plan.tasks(), plan.scratch(),
+            [&](int64_t begin, int64_t end, float* scratch) { plan.run(conv, begin, end, scratch); });
   return is_channels_last(input_any) ? output : torch::stable::contiguous(output);
 }
 

@@ -17,10 +17,6 @@ constexpr int L = kLanes<float>;
 constexpr int64_t kTaskElements = 64 * 1024;  // outputs
 constexpr int kBlocks = 4;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Plan {
   BlockRange y, x;
   int64_t height, tasks_y;  // rows of blocks of a task

@@ -22,10 +22,6 @@ namespace {
 constexpr int L = kLanes<float>;
 constexpr int64_t kBlockElements = 48 * 1024, kMostBlocks = 192, kEnoughTasks = 8;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Plan {
   BlockRange y, x;
   int64_t columns, depth;

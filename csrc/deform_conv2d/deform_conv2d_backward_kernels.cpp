@@ -12,9 +12,6 @@ constexpr int64_t kDotOutputs = 8;     // outputs that stay in the first-level c
 
 // ---- a block of channels and pixels ---------------------------------------------------------------------------------
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Rows of a panel with those that keep panels apart: `tile` rows of all panels are read at a time, and a distance near
 // a multiple of 4096 bytes would put them all in the same sets of the first-level cache.
 template <class A>

@@ -182,21 +182,12 @@ void read_positions(const DeformConv2dShape& s, const Pixels<A>& pixels, const A
 
 // ---- taps for planes ------------------------------------------------------------------------------------------------
 
-template <class A>
-struct BitsOf {
-  using type = int32_t;
-};
-template <>
-struct BitsOf<double> {
-  using type = int64_t;
-};
-
 // A sample reads plane[base + 0], [base + 1] (the upper pair) and the same a row below, always inside the plane. At the
 // border the pair is moved inwards and the weights with it; `keep` is zero where a number read is no corner of the
 // sample.
 template <class A>
 struct alignas(64) PairTaps {
-  using Bits = typename BitsOf<A>::type;
+  using Bits = SameSize<A>;
   A upper[2 * kPanel<A>], lower[2 * kPanel<A>];            // weights
   Bits keep_upper[2 * kPanel<A>], keep_lower[2 * kPanel<A>];
   int64_t base[kPanel<A>];

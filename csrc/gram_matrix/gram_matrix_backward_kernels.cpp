@@ -21,10 +21,6 @@ constexpr int64_t kWidth = kGramVectors * kLanes<Acc<T>>;
 constexpr int64_t kTaskBytes = 192 * 1024;  // of features
 constexpr int64_t kMostPanels = 4;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Positions of a task.
 template <class T>
 int64_t task_positions(const GramBackward<T>& task) {

@@ -12,10 +12,6 @@ namespace {
 template <class T>
 using Acc = accumulate_t<T>;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTCV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // From a packed block to the next. Five lines more than its positions: blocks one power of two apart would meet in the
 // same sets of the caches.
 template <class T>

@@ -11,8 +11,6 @@ namespace {
 template <class T>
 using Acc = accumulate_t<T>;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // A row, and room for two vectors after it.
 template <class T>
 int64_t line_size(const FeatureMap<T>& map) {

@@ -27,9 +27,6 @@ using Acc = accumulate_t<T>;
 constexpr int64_t kScratchBytes = 160 * 1024;  // of squares
 constexpr int64_t kMostPositions = 512;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 template <class V>
 FASTCV_INLINE V square_root(V x) {
   constexpr bool kDouble = sizeof(x[0]) == 8;

@@ -53,7 +53,7 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
     const Plane<T> plane = plane_of(t.input, task / g.y.output);
     const TapRange rows = taps_inside(g.y, oy);
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
-      const int n = int(least(L, g.x.output - ox));
+      const int n = int(min_of(L, g.x.output - ox));
       const int64_t x0 = g.x.start(ox), at = task * g.x.output + ox;
       if (t.stream)
         prefetch_rows(plane.tensor + plane.first + (g.y.start(oy) + 2 * g.y.stride) * plane.stride_y + x0,
@@ -111,7 +111,7 @@ void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
             const T* tap = window + i * g.y.dilation * in.stride_y + j * g.x.dilation * in.stride_x + c;
             const Vec<P> here = Vec<P>{} + P(base + i * taps.step_y + j * taps.step_x);
             for (int v = 0; v < V; ++v) {
-              const Vec<Acc<T>> value = load_n(tap + v * L, n);
+              const Vec<Acc<T>> value = load_some(tap + v * L, n);
               const auto better = takes_over(value, best[v]);
               best[v] = better ? value : best[v];
               if constexpr (Indices) index[v] = better ? here : index[v];

@@ -163,7 +163,7 @@ int64_t unpool_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, in
             const int64_t wanted = sizeof(I) == 8 ? at * x.input + px : above.tap * x.kernel + beside.tap;
             for (int v = 0; v < V; ++v) {
               const auto here = load_indices<P>(indices + from + v * L, LaneRange{0, n}) == Vec<P>{} + P(wanted);
-              const Vec<A> given = load_n(t.from + from + v * L, n);
+              const Vec<A> given = load_some(t.from + from + v * L, n);
               value[v] = taken(value[v], given, here, sum);
               row_found -= (Vec<P>)here;
             }
@@ -193,7 +193,7 @@ int64_t gather_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
     const TapRange rows = taps_inside(g.y, oy);
     Vec<P> row_found{};
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
-      const int n = int(least(L, g.x.output - ox));
+      const int n = int(min_of(L, g.x.output - ox));
       const int64_t at = task * g.x.output + ox;
       const Vec<P> index = load_indices<P>(indices + at, LaneRange{0, n}), column = lanes + P(g.x.start(ox));
       Vec<Acc<T>> value{};
@@ -236,7 +236,7 @@ int64_t gather_pixels(const MaxUnpool<T>& t, const I* indices, int64_t begin, in
             for (int64_t j = columns.first; j < columns.last; ++j) {
               const int64_t tap = i * y.dilation * x.input + j * x.dilation;
               const auto here = index == Vec<P>{} + P(sizeof(I) == 8 ? pixel + tap : i * x.kernel + j);
-              value = here ? load_n(window + tap * t.channels + c + v * L, n) : value;
+              value = here ? load_some(window + tap * t.channels + c + v * L, n) : value;
               row_found -= (Vec<P>)here;
             }
           store_part(t.to + at + c + v * L, value, n, t.stream);
@@ -255,7 +255,7 @@ template <class T, class F>
 FASTCV_INLINE void each_index(const MaxUnpool<T>& t, int64_t from, int64_t step, const F& f) {
   const PoolAxis y = t.geometry.y, x = t.geometry.x;
   int32_t tap_y[256], tap_x[256];
-  const int64_t taps = t.compact ? least(256, y.kernel * x.kernel) : 0;
+  const int64_t taps = t.compact ? min_of(256, y.kernel * x.kernel) : 0;
   for (int64_t k = 0; k < taps; ++k) {
     tap_y[k] = int32_t(k / x.kernel * y.dilation);
     tap_x[k] = int32_t(k % x.kernel * x.dilation);
@@ -353,8 +353,8 @@ bool max_unpool2d_add_block(const MaxUnpool<T>& t, int64_t image, int64_t c, int
   }
   for (int64_t p = 0; !kInPlace && p < pixels; ++p)
     for (int64_t k = 0; k < n; k += L) {
-      const int rest = int(least(L, n - k));
-      store_n(to + p * t.channels + k, load_n(sums + p * n + k, rest), rest);
+      const int rest = int(min_of(L, n - k));
+      store_some(to + p * t.channels + k, load_some(sums + p * n + k, rest), rest);
     }
   return true;
 }

@@ -34,20 +34,23 @@ struct Window {
   int64_t end(int64_t row) const { return first(row) + reach; }  // after the last
 };
 
-bool is_product(const Conv2dKernel& kernel) { return kernel.number == 0 || kernel.number == 7; }
+// Products, depthwise and grouped convolutions.
+bool may_be_cut(const Conv2dKernel& kernel) {
+  for (int64_t number : {0, 2, 3, 7})
+    if (kernel.number == number) return true;
+  return false;
+}
 
-std::optional<Window> row_window(const Program& program, const Step& step, const std::vector<Extent>& extents,
-                                 int64_t threads) {
-  const Extent& in = extents[size_t(step.inputs[0])];
+std::optional<Window> row_window(const Program& program, const Plan& plan, const PlannedStep& planned) {
+  const Step& step = program.steps[planned.step];
+  const Extent& in = plan.extents[size_t(step.inputs[0])];
   if (in.n * in.c * in.h * in.w == 0 || in.h == 1) return {};
   const auto& p = step.params;
   Window window = {};
-  if (step.op == Op::conv) {
-    Conv2dShape shape = conv_shape(program, step, extents);
-    shape.threads = threads;
-    const Conv2dKernel* kernel = conv2d_kernel("auto", shape, program.precision);
+  if (planned.conv) {
+    const Conv2dShape& shape = planned.shape;
     const bool small = shape.out_channels * shape.group_channels() * shape.kernel_h * shape.kernel_w <= kMostWeights;
-    if (!small || !(is_product(*kernel) || kernel->number == 2 || kernel->number == 3)) return {};
+    if (!small || !may_be_cut(*planned.conv)) return {};
     window = {shape.stride_h, shape.pad_h, shape.dilation_h * (shape.kernel_h - 1) + 1};
   } else if ((step.op == Op::max_pool && !p[8]) || (step.op == Op::avg_pool && p[4] == 0)) {
     window = {p[2], p[4], p[6] * (p[0] - 1) + 1};
@@ -68,7 +71,7 @@ void find_chains(const Program& program, Plan& plan, int64_t threads) {
   bool before = false;  // whether the step before may be cut
   for (size_t i = 0; i < program.steps.size(); ++i) {
     const Step& step = program.steps[i];
-    const bool may = row_window(program, step, plan.extents, threads).has_value();
+    const bool may = row_window(program, plan, plan.steps[i]).has_value();
     if (may && before) {
       const int64_t value = program.steps[i - 1].output;
       const bool once = std::count(step.inputs.begin(), step.inputs.end(), value) == 1;
@@ -88,9 +91,8 @@ class Cutter {
   Cutter(const Program& program, const Plan& plan, const PlannedStep* first, const PlannedStep* last, int64_t threads)
       : program_(program), plan_(plan), steps_(first, last) {
     for (const PlannedStep& s : steps_) {
-      const Step& step = program.steps[s.step];
-      windows_.push_back(*row_window(program, step, plan.extents, threads));
-      heights_.push_back(plan.extents[size_t(step.output)].h);
+      windows_.push_back(row_window(program, plan, s).value());
+      heights_.push_back(plan.extents[size_t(program.steps[s.step].output)].h);
     }
     set_band(threads);
   }

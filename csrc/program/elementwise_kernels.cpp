@@ -15,7 +15,7 @@ FASTCV_INLINE void map_pixels(const StepTask& t, int64_t begin, int64_t end, con
     float* out = pixel(t.y, image, y, 0);
     for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, out += t.y.stride_x)
       each_vector(t.out.c,
-                  [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_n(out + c, f(load_n(a + c, n), c, n), n); });
+                  [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_some(out + c, f(load_some(a + c, n), c, n), n); });
   });
 }
 
@@ -29,13 +29,13 @@ FASTCV_INLINE void combine(const StepTask& t, int64_t begin, int64_t end, const 
     float* out = pixel(t.y, image, y, 0);
     for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, b += step, out += t.y.stride_x)
       each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
-        store_n(out + c, activate(f(load_n(a + c, n), load_n(b + c, n)), t.activation, t.slope), n);
+        store_some(out + c, activate(f(load_some(a + c, n), load_some(b + c, n)), t.activation, t.slope), n);
       });
   });
 }
 
 void copy_channels(const float* from, int64_t n, float* to) {
-  each_vector(n, [&](int64_t c, int m) FASTCV_INLINE_LAMBDA { store_n(to + c, load_n(from + c, m), m); });
+  each_vector(n, [&](int64_t c, int m) FASTCV_INLINE_LAMBDA { store_some(to + c, load_some(from + c, m), m); });
 }
 
 // Sum of f over the channels of a pixel.
@@ -43,7 +43,7 @@ template <class F>
 FASTCV_INLINE float sum_channels(const float* p, int64_t channels, const F& f) {
   Vec<float> sum{};
   each_vector(channels, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
-    Vec<float> value = f(load_n(p + c, n));
+    Vec<float> value = f(load_some(p + c, n));
     if (n < L) {
       float lanes[L] = {};
       store_first(lanes, value, n);
@@ -77,14 +77,14 @@ void step_activate(const StepTask& t, int64_t begin, int64_t end) {
 int64_t step_affine_tasks(const StepTask& t) { return band_tasks(t.out); }
 void step_affine(const StepTask& t, int64_t begin, int64_t end) {
   map_pixels(t, begin, end, [&](Vec<float> x, int64_t c, int n) FASTCV_INLINE_LAMBDA {
-    return activate(fma(x, load_n(t.scale + c, n), load_n(t.shift + c, n)), t.activation, t.slope);
+    return activate(fma(x, load_some(t.scale + c, n), load_some(t.shift + c, n)), t.activation, t.slope);
   });
 }
 
 int64_t step_prelu_tasks(const StepTask& t) { return band_tasks(t.out); }
 void step_prelu(const StepTask& t, int64_t begin, int64_t end) {
   map_pixels(t, begin, end, [&](Vec<float> x, int64_t c, int n) FASTCV_INLINE_LAMBDA {
-    return x > 0 ? x : x * load_n(t.scale + c, n);
+    return x > 0 ? x : x * load_some(t.scale + c, n);
   });
 }
 
@@ -111,7 +111,7 @@ int64_t step_flatten_tasks(const StepTask& t) { return t.in.n * ((t.in.c + kFlat
 void step_flatten(const StepTask& t, int64_t begin, int64_t end) {
   const int64_t pixels = t.in.h * t.in.w, pieces = (t.in.c + kFlattened - 1) / kFlattened;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t image = i / pieces, first = i % pieces * kFlattened, last = step_min(t.in.c, first + kFlattened);
+    const int64_t image = i / pieces, first = i % pieces * kFlattened, last = min_of(t.in.c, first + kFlattened);
     float* out = pixel(t.y, image, 0, 0) + first * pixels;
     if (pixels == 1) {
       copy_channels(pixel(t.a, image, 0, 0) + first, last - first, out);
@@ -138,10 +138,10 @@ void step_layer_norm(const StepTask& t, int64_t begin, int64_t end) {
           sum_channels(a, t.in.c, [&](Vec<float> v) FASTCV_INLINE_LAMBDA { return (v - mean) * (v - mean); });
       const float inverse = 1.0f / __builtin_sqrtf(squares / channels + t.eps);
       each_vector(t.in.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
-        Vec<float> v = (load_n(a + c, n) - mean) * inverse;
-        if (t.scale) v = v * load_n(t.scale + c, n);
-        if (t.shift) v = v + load_n(t.shift + c, n);
-        store_n(out + c, v, n);
+        Vec<float> v = (load_some(a + c, n) - mean) * inverse;
+        if (t.scale) v = v * load_some(t.scale + c, n);
+        if (t.shift) v = v + load_some(t.shift + c, n);
+        store_some(out + c, v, n);
       });
     }
   });

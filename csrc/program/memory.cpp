@@ -191,13 +191,15 @@ class Placement {
       if (nodes_[v].parent >= 0) plan_.places[v] = place;
       else plan_.places[v].channels = place.channels;
     }
-    for (size_t i = 0; i < program_.steps.size(); ++i) {
+    const std::vector<PlannedStep> all = std::move(plan_.steps);
+    plan_.steps.clear();
+    for (size_t i = 0; i < all.size(); ++i) {
       const Step& step = program_.steps[i];
       if (is_view(step)) continue;
       if (step.op == Op::cat)
         copy_inputs(i);
       else
-        plan_.steps.push_back(PlannedStep{i});
+        plan_.steps.push_back(all[i]);
     }
     for (const auto& [value, output] : copies_) {
       PlannedStep copy{program_.steps.size()};

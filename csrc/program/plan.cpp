@@ -78,12 +78,9 @@ const float* Program::prepared(const Step& s, const ConvTranspose2dPlan& plan, c
 
 namespace {
 
-void choose_kernel(Program& program, const Plan& plan, PlannedStep& planned, int64_t threads) {
-  if (planned.copy_from >= 0) {
-    planned.other = step_kernel(Op::cat);
-    return;
-  }
-  const Step& step = program.steps[planned.step];
+PlannedStep choose_kernel(Program& program, const Plan& plan, size_t number, int64_t threads) {
+  PlannedStep planned{number};
+  const Step& step = program.steps[number];
   if (step.op == Op::conv) {
     planned.shape = conv_shape(program, step, plan.extents);
     planned.shape.threads = threads;
@@ -99,6 +96,7 @@ void choose_kernel(Program& program, const Plan& plan, PlannedStep& planned, int
   } else {
     planned.other = step_kernel(step.op, step.op == Op::max_pool && step.params[8]);
   }
+  return planned;
 }
 
 }  // namespace
@@ -108,11 +106,12 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t thre
   plan.extents = inputs;
   plan.extents.resize(size_t(program.values));
   for (const Step& step : program.steps) plan.extents[size_t(step.output)] = output_extent(program, step, plan.extents);
+  for (size_t i = 0; i < program.steps.size(); ++i) plan.steps.push_back(choose_kernel(program, plan, i, threads));
   find_chains(program, plan, threads);
   place_values(program, plan);
-  for (PlannedStep& planned : plan.steps) choose_kernel(program, plan, planned, threads);
   cut_into_bands(program, plan, threads);
   for (PlannedStep& planned : plan.steps) {
+    if (planned.copy_from >= 0) planned.other = step_kernel(Op::cat);
     plan.scratch = std::max(plan.scratch, planned.conv         ? planned.conv->scratch(planned.shape)
                                           : planned.transposed ? planned.transposed->scratch()
                                                                : 0);

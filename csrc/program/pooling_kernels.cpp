@@ -23,9 +23,9 @@ struct Between {
 FASTCV_INLINE Between between(int64_t at, float ratio, bool align_corners, int64_t size) {
   const float source = align_corners ? ratio * float(at) : ratio * (float(at) + 0.5f) - 0.5f;
   const float clipped = source > 0 ? source : 0;
-  const int64_t low = step_min(int64_t(clipped), size - 1);
+  const int64_t low = min_of(int64_t(clipped), size - 1);
   const float part = clipped - float(low);
-  return {low, step_min(low + 1, size - 1), part < 1 ? part : 1};
+  return {low, min_of(low + 1, size - 1), part < 1 ? part : 1};
 }
 
 void resize_row_bilinear(const StepTask& t, int64_t image, int64_t y) {
@@ -39,20 +39,20 @@ void resize_row_bilinear(const StepTask& t, int64_t image, int64_t y) {
                 d = v.part * u.part;
     const int64_t left = u.low * t.a.stride_x, right = u.high * t.a.stride_x;
     each_vector(t.out.c, [&](int64_t k, int n) FASTCV_INLINE_LAMBDA {
-      store_n(out + k,
-              a * load_n(top + left + k, n) + b * load_n(top + right + k, n) + c * load_n(bottom + left + k, n) +
-                  d * load_n(bottom + right + k, n),
-              n);
+      store_some(out + k,
+                 a * load_some(top + left + k, n) + b * load_some(top + right + k, n) +
+                     c * load_some(bottom + left + k, n) + d * load_some(bottom + right + k, n),
+                 n);
     });
   }
 }
 
 void resize_row_nearest(const StepTask& t, int64_t image, int64_t y) {
-  const float* from = pixel(t.a, image, step_min(floor_half(float(y) * float(t.ratio_h)), t.in.h - 1), 0);
+  const float* from = pixel(t.a, image, min_of(floor_half(float(y) * float(t.ratio_h)), t.in.h - 1), 0);
   float* out = pixel(t.y, image, y, 0);
   for (int64_t x = 0; x < t.out.w; ++x, out += t.y.stride_x) {
-    const float* p = from + step_min(floor_half(float(x) * float(t.ratio_w)), t.in.w - 1) * t.a.stride_x;
-    each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_n(out + c, load_n(p + c, n), n); });
+    const float* p = from + min_of(floor_half(float(x) * float(t.ratio_w)), t.in.w - 1) * t.a.stride_x;
+    each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_some(out + c, load_some(p + c, n), n); });
   }
 }
 
@@ -74,17 +74,17 @@ void step_max_pool(const StepTask& t, int64_t begin, int64_t end) {
               const int64_t y = y0 + i * t.p[6], x = x0 + j * t.p[7];
               if (y < 0 || y >= t.in.h || x < 0 || x >= t.in.w) continue;
               const float* tap = pixel(t.a, image, y, x);
-              const Vec<float> value = load_n(tap + c, n);
+              const Vec<float> value = load_some(tap + c, n);
               most = takes_over(value, most) ? value : most;
               if (count < 64) taps[count++] = tap;
             }
         } else {
           for (int i = 0; i < count; ++i) {
-            const Vec<float> value = load_n(taps[i] + c, n);
+            const Vec<float> value = load_some(taps[i] + c, n);
             most = takes_over(value, most) ? value : most;
           }
         }
-        store_n(out + c, most, n);
+        store_some(out + c, most, n);
       });
     }
   });
@@ -94,16 +94,16 @@ int64_t step_avg_pool_tasks(const StepTask& t) { return band_tasks(t.out); }
 void step_avg_pool(const StepTask& t, int64_t begin, int64_t end) {
   each_row(t.out, begin, end, [&](int64_t image, int64_t oy) {
     float* out = pixel(t.y, image, oy, 0);
-    const int64_t y0 = oy * t.p[2] - t.p[4], y1 = step_min(y0 + t.p[0], t.in.h + t.p[4]);
+    const int64_t y0 = oy * t.p[2] - t.p[4], y1 = min_of(y0 + t.p[0], t.in.h + t.p[4]);
     for (int64_t ox = 0; ox < t.out.w; ++ox, out += t.y.stride_x) {
-      const int64_t x0 = ox * t.p[3] - t.p[5], x1 = step_min(x0 + t.p[1], t.in.w + t.p[5]);
-      const Window w{step_max(y0, 0), step_min(y1, t.in.h), step_max(x0, 0), step_min(x1, t.in.w)};
+      const int64_t x0 = ox * t.p[3] - t.p[5], x1 = min_of(x0 + t.p[1], t.in.w + t.p[5]);
+      const Window w{max_of(y0, 0), min_of(y1, t.in.h), max_of(x0, 0), min_of(x1, t.in.w)};
       const int64_t count = t.p[8] ? (y1 - y0) * (x1 - x0) : (w.y1 - w.y0) * (w.x1 - w.x0);
       each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
         Vec<float> sum{};
         for (int64_t y = w.y0; y < w.y1; ++y)
-          for (int64_t x = w.x0; x < w.x1; ++x) sum += load_n(pixel(t.a, image, y, x) + c, n);
-        store_n(out + c, sum / float(count), n);
+          for (int64_t x = w.x0; x < w.x1; ++x) sum += load_some(pixel(t.a, image, y, x) + c, n);
+        store_some(out + c, sum / float(count), n);
       });
     }
   });
@@ -116,7 +116,7 @@ int64_t step_adaptive_avg_pool_tasks(const StepTask& t) {
 void step_adaptive_avg_pool(const StepTask& t, int64_t begin, int64_t end) {
   const int64_t pieces = (t.out.c + kPoolChannels - 1) / kPoolChannels;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t c0 = i % pieces * kPoolChannels, channels = step_min(kPoolChannels, t.out.c - c0);
+    const int64_t c0 = i % pieces * kPoolChannels, channels = min_of(kPoolChannels, t.out.c - c0);
     const int64_t image = i / pieces / t.out.h, oy = i / pieces % t.out.h;
     const int64_t y0 = oy * t.in.h / t.out.h, y1 = ((oy + 1) * t.in.h + t.out.h - 1) / t.out.h;
     for (int64_t ox = 0; ox < t.out.w; ++ox) {
@@ -124,8 +124,8 @@ void step_adaptive_avg_pool(const StepTask& t, int64_t begin, int64_t end) {
       each_vector(channels, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
         Vec<float> sum{};
         for (int64_t y = y0; y < y1; ++y)
-          for (int64_t x = x0; x < x1; ++x) sum += load_n(pixel(t.a, image, y, x) + c0 + c, n);
-        store_n(pixel(t.y, image, oy, ox) + c0 + c, sum / float((y1 - y0) * (x1 - x0)), n);
+          for (int64_t x = x0; x < x1; ++x) sum += load_some(pixel(t.a, image, y, x) + c0 + c, n);
+        store_some(pixel(t.y, image, oy, ox) + c0 + c, sum / float((y1 - y0) * (x1 - x0)), n);
       });
     }
   }

@@ -118,7 +118,7 @@ struct Plan {
   std::vector<Extent> extents;  // of values
   std::vector<Place> places;
   std::vector<Span> spans;         // of the program's steps
-  std::vector<PlannedStep> steps;  // those that compute something
+  std::vector<PlannedStep> steps;  // one for every step of the program until values have places, then those that run
   int64_t arena = 0, scratch = 0;  // floats; scratch is each thread's
 };
 
@@ -127,10 +127,11 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
 // The shape of a convolution for one thread.
 Conv2dShape conv_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
 Conv2dShape transposed_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
-// Sets spans.
+// Sets spans; kernels are chosen.
 void find_chains(const Program& program, Plan& plan, int64_t threads);
-// Sets places, arena, and the copies that are needed.
+// Sets places and arena; steps lose those that are views and gain the copies that are needed.
 void place_values(const Program& program, Plan& plan);
+// Replaces the steps of each chain by those of its bands.
 void cut_into_bands(const Program& program, Plan& plan, int64_t threads);
 Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads);
 

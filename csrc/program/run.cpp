@@ -138,23 +138,18 @@ void Run::start(const Program& program, const Plan& plan, const Pointers& pointe
 }
 
 void Run::work_step(const BoundStep& step, Counter* counter, int64_t own, float* scratch) {
-  const int64_t tasks = step.planned->tasks;
+  const PlannedStep& planned = *step.planned;
   std::atomic<int64_t>& done = counter->value;
-  for (int64_t i = 0; i < portions; ++i) {
-    const int64_t portion = (own + i) % portions, begin = tasks * portion / portions,
-                  end = tasks * (portion + 1) / portions;
-    std::atomic<int64_t>& next = counter[1 + portion].value;
-    for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
-      if (step.planned->conv)
-        step.planned->conv->run(step.conv, task, task + 1, scratch);
-      else if (step.planned->transposed)
-        step.planned->transposed->run(step.conv, task, task + 1, scratch);
-      else
-        step.planned->other.run(step.task, task, task + 1);
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
-  for (int spins = 0; done.load(std::memory_order_acquire) < tasks; ++spins) {
+  each_claimed(planned.tasks, portions, own, counter + 1, [&](int64_t task) {
+    if (planned.conv)
+      planned.conv->run(step.conv, task, task + 1, scratch);
+    else if (planned.transposed)
+      planned.transposed->run(step.conv, task, task + 1, scratch);
+    else
+      planned.other.run(step.task, task, task + 1);
+    done.fetch_add(1, std::memory_order_release);
+  });
+  for (int spins = 0; done.load(std::memory_order_acquire) < planned.tasks; ++spins) {
     pause_cpu();
     if (spins > 20000) std::this_thread::yield();  // another needs this processor
   }

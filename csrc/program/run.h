@@ -1,14 +1,14 @@
 // Running a plan: threads go through its steps together.
 //
-// A step's tasks are cut into as many portions as there are threads. A thread claims tasks of its own portion one by
-// one, then those that are left of others', waits until all are done, and goes to the next step. So a thread mostly
-// reads what it wrote itself, which lies in its own cache. Nobody counts threads: one that comes late joins the step at
+// A step's tasks are cut into as many portions as there are threads (common/portions.h). A thread claims tasks, its own
+// first, waits until all are done, and goes to the next step. Nobody counts threads: one that comes late joins the step at
 // work, and one alone does everything, so that it does not matter how many the pool gives.
 #pragma once
 
 #include <atomic>
 #include <chrono>
 
+#include "../common/portions.h"
 #include "program.h"
 
 namespace fastcv::program {
@@ -26,10 +26,6 @@ struct BoundStep {
 };
 
 BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers);
-
-struct alignas(64) Counter {
-  std::atomic<int64_t> value{0};
-};
 
 // What a run needs beside the plan; kept from one to the next.
 struct Run {

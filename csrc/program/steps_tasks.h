@@ -11,11 +11,8 @@ using program::StepTask;
 
 constexpr int64_t kStepElements = 16 * 1024;  // outputs of a task: less is not worth another thread
 
-FASTCV_INLINE int64_t step_min(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t step_max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Tasks are bands of output rows.
-FASTCV_INLINE int64_t band_rows(const Extent& out) { return step_max(1, kStepElements / step_max(1, out.w * out.c)); }
+FASTCV_INLINE int64_t band_rows(const Extent& out) { return max_of(1, kStepElements / max_of(1, out.w * out.c)); }
 FASTCV_INLINE int64_t band_tasks(const Extent& out) {
   const int64_t rows = band_rows(out);
   return (out.n * out.h + rows - 1) / rows;
@@ -24,7 +21,7 @@ FASTCV_INLINE int64_t band_tasks(const Extent& out) {
 // f(image, y) for the rows of tasks begin <= i < end.
 template <class F>
 FASTCV_INLINE void each_row(const Extent& out, int64_t begin, int64_t end, const F& f) {
-  const int64_t rows = band_rows(out), last = step_min(out.n * out.h, end * rows);
+  const int64_t rows = band_rows(out), last = min_of(out.n * out.h, end * rows);
   for (int64_t i = begin * rows; i < last; ++i) f(i / out.h, i % out.h);
 }
 
@@ -35,14 +32,6 @@ FASTCV_INLINE void each_vector(int64_t channels, const F& f) {
   int64_t c = 0;
   for (; c + L <= channels; c += L) f(c, L);
   if (c < channels) f(c, int(channels - c));
-}
-
-FASTCV_INLINE Vec<float> load_n(const float* p, int n) { return n == kLanes<float> ? load(p) : load_first(p, n); }
-FASTCV_INLINE void store_n(float* p, Vec<float> v, int n) {
-  if (n == kLanes<float>)
-    store(p, v);
-  else
-    store_first(p, v, n);
 }
 
 }  // namespace fastcv::FASTCV_ISA

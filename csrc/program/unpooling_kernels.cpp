@@ -15,23 +15,23 @@ const uint8_t* indices(const float* pixel) { return reinterpret_cast<const uint8
 
 // p: kernel_h, kernel_w, which are the strides too. The last windows of a row or column may end outside the map.
 void pool_row(const StepTask& t, int64_t image, int64_t oy) {
-  const int64_t rows = step_min(t.p[0], t.in.h - oy * t.p[0]);
+  const int64_t rows = min_of(t.p[0], t.in.h - oy * t.p[0]);
   float* out = pixel(t.y, image, oy, 0);
   for (int64_t ox = 0; ox < t.out.w; ++ox, out += t.y.stride_x) {
-    const int64_t columns = step_min(t.p[1], t.in.w - ox * t.p[1]);
+    const int64_t columns = min_of(t.p[1], t.in.w - ox * t.p[1]);
     const float* window = pixel(t.a, image, oy * t.p[0], ox * t.p[1]);
     uint8_t* winners = reinterpret_cast<uint8_t*>(out + t.in.c);
     each_vector(t.in.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
-      Vec<float> most = load_n(window + c, n);
+      Vec<float> most = load_some(window + c, n);
       Vec<Index> winner{};
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
-          const Vec<float> value = load_n(window + i * t.a.stride_y + j * t.a.stride_x + c, n);
+          const Vec<float> value = load_some(window + i * t.a.stride_y + j * t.a.stride_x + c, n);
           const auto better = takes_over(value, most);
           most = better ? value : most;
           winner = better ? Vec<Index>{} + Index(i * t.p[1] + j) : winner;
         }
-      store_n(out + c, most, n);
+      store_some(out + c, most, n);
       store_indices<Index>(winners + c, winner, n);
     });
   }
@@ -42,14 +42,14 @@ void unpool_row(const StepTask& t, int64_t image, int64_t y) {
   float* out = pixel(t.y, image, y, 0);
   for (int64_t x = 0; x < t.out.w;) {
     const bool inside = oy < t.in.h && x / kw < t.in.w;
-    const int64_t columns = inside ? step_min(kw, t.out.w - x) : t.out.w - x;
+    const int64_t columns = inside ? min_of(kw, t.out.w - x) : t.out.w - x;
     const float* from = inside ? pixel(t.a, image, oy, x / kw) : nullptr;
     const uint8_t* winners = inside ? indices(pixel(t.b, image, oy, x / kw)) : nullptr;
     each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
-      const Vec<float> value = inside ? load_n(from + c, n) : Vec<float>{};
+      const Vec<float> value = inside ? load_some(from + c, n) : Vec<float>{};
       const Vec<Index> winner = inside ? load_indices<Index>(winners + c, LaneRange{0, n}) : Vec<Index>{};
       for (int64_t j = 0; j < columns; ++j)
-        store_n(out + j * t.y.stride_x + c, winner == Index(first + j) ? value : Vec<float>{}, n);
+        store_some(out + j * t.y.stride_x + c, winner == Index(first + j) ? value : Vec<float>{}, n);
     });
     x += columns, out += columns * t.y.stride_x;
   }

@@ -17,9 +17,6 @@ namespace {
 template <class T>
 using Acc = accumulate_t<T>;
 
-FASTCV_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCV_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Where sums are formed: in the result itself, or in scratch where its type is too coarse.
 template <class T>
 FASTCV_INLINE Acc<T>* sums_at(T* result, Acc<T>* scratch) {

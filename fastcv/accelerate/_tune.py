@@ -13,7 +13,8 @@ from torch import nn
 from .. import ops
 from .._files import replacing
 from .._library import LIBRARY
-from ..ops.conv2d import KERNELS, forget_choices
+from ..ops._convolution import calls
+from ..ops.conv2d import KERNELS
 from ._steps import OPS
 
 LIBRARY.define(
@@ -127,7 +128,7 @@ def _apply(choices: list[dict]) -> None:
         _in_force.update(before)
         raise
     finally:
-        forget_choices()
+        calls.clear()  # the choices they made
 
 
 def _key(shape) -> tuple:

@@ -1,9 +1,10 @@
-"""What :func:`conv2d` and :func:`conv_transpose2d` share: where kernels run, derivatives."""
+"""What :func:`conv2d` and :func:`conv_transpose2d` share: where kernels run, what calls alike share, derivatives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,41 @@ def tracing() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+# ---- calls alike ---------------------------------------------------------------------------------
+
+# What checks and the choice of a kernel found, by call_key. They would take longer than a small layer.
+calls: dict[tuple | None, Any] = {}
+_MOST_CALLS = 4096
+
+
+def remember_call(key: tuple | None, call: tuple) -> None:
+    if key is not None:
+        if len(calls) >= _MOST_CALLS:
+            calls.clear()
+        calls[key] = call
+
+
+def call_key(input: Tensor, weight: Tensor, bias, residual, options: tuple) -> tuple | None:
+    """What the checks look at, where it is short: for tensors that the compiled kernels take.
+
+    ``options`` name the operator as well.
+    """
+    try:
+        if tracing() or not on_kernels(input, weight, bias, residual):
+            return None
+        for option in options:  # 1.0 and True are as good a key as 1
+            if type(option) is tuple:
+                for number in option:
+                    if type(number) is not int:
+                        return None
+            elif type(option) is not int and type(option) is not str:
+                return None
+        shapes = (input.shape, weight.shape, bias if bias is None else bias.shape)
+        return (*shapes, residual if residual is None else residual.shape, *options)
+    except AttributeError:  # not tensors
+        return None
 
 
 # ---- derivatives ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
 from ._conv2d_training import input_gradient, training_kernel
-from ._convolution import ACTIVATIONS, on_kernels, register_convolution, tracing
+from ._convolution import ACTIVATIONS, call_key, calls, on_kernels, register_convolution, remember_call, tracing
 from ._layouts import kept_layout
 from ._vmap import register_image_vmap
 
@@ -123,8 +123,9 @@ def conv2d(
         if result is not None:
             return result
     options = (stride, padding, dilation, groups, activation, kernel)
-    key = _key(input, weight, bias, residual, options) if scale is None and shift is None else None
-    call = _calls.get(key)
+    simple = scale is None and shift is None
+    key = call_key(input, weight, bias, residual, ("conv2d", *options)) if simple else None
+    call: _Call | None = calls.get(key)
     if call is None:
         geometry = _check(input, weight, bias, residual, scale, shift, *options)
         if scale is not None:
@@ -146,7 +147,8 @@ def conv2d(
             return torch.ops.fastcv.conv2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, kernel
             )
-        call = _remember(key, _make_call(input, weight, geometry, activation, kernel))
+        call = _make_call(input, weight, geometry, activation, kernel)
+        remember_call(key, call)
     geometry, chosen, code = call
     if kernel == "auto" and weight.requires_grad and torch.is_grad_enabled():
         return _train(input, weight, bias, residual, geometry, activation, negative_slope)
@@ -165,15 +167,9 @@ _run_prepared = torch.ops.fastcv.conv2d_prepared.default
 
 
 class _Call(NamedTuple):
-    """What checks and the choice of a kernel found. They would take longer than a small layer: calls alike share it."""
-
     geometry: tuple[int, list[int], list[int], list[int]]  # groups, stride, padding, dilation
     kernel: str
     code: list[int]  # of conv2d_prepared
-
-
-_calls: dict[tuple, _Call] = {}
-_MOST_KEPT = 4096
 
 
 def _make_call(input: Tensor, weight: Tensor, geometry, activation: str, kernel: str) -> _Call:
@@ -183,37 +179,6 @@ def _make_call(input: Tensor, weight: Tensor, geometry, activation: str, kernel:
     outputs, _, *size = weight.shape
     numbers = KERNELS.index(kernel), ACTIVATIONS.index(activation), groups
     return _Call(geometry, kernel, [*numbers, *stride, *padding, *dilation, outputs, *size])
-
-
-def _remember(key: tuple | None, call: _Call) -> _Call:
-    if key is not None:
-        if len(_calls) >= _MOST_KEPT:
-            _calls.clear()
-        _calls[key] = call
-    return call
-
-
-def forget_choices() -> None:
-    """After the cost model was overruled (:func:`fastcv.tune`)."""
-    _calls.clear()
-
-
-def _key(input, weight, bias, residual, options) -> tuple | None:
-    """What the checks look at, where it is short: for tensors that the compiled kernels take."""
-    try:
-        if tracing() or not on_kernels(input, weight, bias, residual):
-            return None
-        for option in options:  # 1.0 and True are as good a key as 1
-            if type(option) is tuple:
-                for number in option:
-                    if type(number) is not int:
-                        return None
-            elif type(option) is not int and type(option) is not str:
-                return None
-        shapes = (input.shape, weight.shape, bias if bias is None else bias.shape)
-        return (*shapes, residual if residual is None else residual.shape, *options)
-    except AttributeError:  # not tensors
-        return None
 
 
 def _check(input, weight, bias, residual, scale, shift, stride, padding, dilation, groups, activation, kernel) -> tuple:

@@ -7,6 +7,8 @@ trained. What :mod:`fastcv.ops.conv2d` says of prepared weights holds here too.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from .._library import LIBRARY, define
 from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
-from ._convolution import ACTIVATIONS, on_kernels, register_convolution, tracing
+from ._convolution import ACTIVATIONS, call_key, calls, on_kernels, register_convolution, remember_call, tracing
 from ._layouts import kept_layout
 from ._vmap import register_image_vmap
 from .conv2d import conv2d
@@ -116,23 +118,51 @@ def conv_transpose2d(
         if result is not None:
             return result
     options = (stride, padding, output_padding, groups, dilation, activation, kernel)
-    geometry = _check(input, weight, bias, residual, *options)
-    if not on_kernels(input, weight, bias, residual):
-        return _reference.conv_transpose2d(
-            input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
-        )
+    key = call_key(input, weight, bias, residual, ("conv_transpose2d", *options))
+    call: _Call | None = calls.get(key)
+    if call is None:
+        geometry = _check(input, weight, bias, residual, *options)
+        if not on_kernels(input, weight, bias, residual):
+            return _reference.conv_transpose2d(
+                input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
+            )
+        if tracing():  # weights stand for others
+            return torch.ops.fastcv.conv_transpose2d(
+                input, weight, bias, residual, None, *geometry, activation, negative_slope, kernel
+            )
+        call = _make_call(input, weight, geometry, kernel)
+        remember_call(key, call)
+    geometry, chosen, layout = call
     rest = (*geometry, activation, negative_slope)
-    if tracing():
-        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, None, *rest, kernel)
-    if kernel == "auto":
-        kernel = _choose(input, weight, geometry)
-    if kernel == "torch":
+    trains = kernel == "auto" and weight.requires_grad and torch.is_grad_enabled()
+    if trains or chosen == "torch":
         return _reference.conv_transpose2d(input, weight, bias, residual, None, *rest, "")
-    prepared = _prepared_weight(input, weight, geometry, kernel)
+    prepared = kept_layout(
+        weight, layout,
+        lambda weight: torch.ops.fastcv.conv_transpose2d_prepare(input.detach(), weight, *geometry, chosen),
+    )  # fmt: skip
     if needs_derivatives(input, weight, bias, residual):
-        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, prepared, *rest, kernel)
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, prepared, *rest, chosen)
     with torch._C._AutoDispatchBelowAutograd():  # the way through Python would take as long as a small layer
-        return torch.ops.fastcv.conv_transpose2d.default(input, weight, bias, residual, prepared, *rest, kernel)
+        return _run_prepared(input, weight, bias, residual, prepared, *rest, chosen)
+
+
+_run_prepared = torch.ops.fastcv.conv_transpose2d.default
+
+
+class _Call(NamedTuple):
+    geometry: tuple[int, list[int], list[int], list[int], list[int]]  # groups, stride, paddings, dilation
+    kernel: str
+    layout: tuple  # by which the prepared weight is kept
+
+
+def _make_call(input: Tensor, weight: Tensor, geometry, kernel: str) -> _Call:
+    if kernel == "auto":
+        kernel = KERNELS[torch.ops.fastcv.conv_transpose2d_kernel(input, weight, *geometry)]
+    groups, stride, padding, output_padding, dilation = geometry
+    # Which kernel serves a phase may depend on its padding as well, but only where the phase is dilated.
+    pads = () if dilation == [1, 1] else (*padding, *output_padding)
+    return _Call(geometry, kernel, ("transposed", kernel, groups, *stride, *dilation, *pads))
 
 
 def _check(
@@ -164,22 +194,6 @@ def _check(
     if size[0] < 1 or size[1] < 1 or input.shape[2] < 1 or input.shape[3] < 1:
         raise ValueError(f"input: expected a size that gives an output, got {list(input.shape)} for one of {size}")
     return groups, stride, padding, output_padding, dilation
-
-
-def _choose(input: Tensor, weight: Tensor, geometry) -> str:
-    if weight.requires_grad and torch.is_grad_enabled():
-        return "torch"
-    return KERNELS[torch.ops.fastcv.conv_transpose2d_kernel(input, weight, *geometry)]
-
-
-def _prepared_weight(input: Tensor, weight: Tensor, geometry, kernel: str) -> Tensor:
-    def prepare(weight: Tensor) -> Tensor:
-        return torch.ops.fastcv.conv_transpose2d_prepare(input.detach(), weight, *geometry, kernel)
-
-    groups, stride, padding, output_padding, dilation = geometry
-    # Which kernel serves a phase may depend on its padding as well, but only where the phase is dilated.
-    pads = () if dilation == [1, 1] else (*padding, *output_padding)
-    return kept_layout(weight, ("transposed", kernel, groups, *stride, *dilation, *pads), prepare)
 
 
 def _output_size(input, weight, stride, padding, output_padding, dilation) -> list[int]:
