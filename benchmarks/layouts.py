@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 

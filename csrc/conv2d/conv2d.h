@@ -4,8 +4,8 @@
 //
 // Activations are channels-last: the channels of a pixel lie side by side, pixels at any stride, so that input,
 // residual and output may be slices of wider maps. There is one kernel for each kind of convolution; each lays the
-// weights out in its own way, once (conv2d_*_prepare), and computes any range of its tasks, which do not meet in
-// memory.
+// weights out in its own way, once (conv2d_*_prepare, times the scale of each output where there is one), and computes
+// any range of its tasks, which do not meet in memory.
 #pragma once
 
 #include <cstdint>
@@ -56,11 +56,11 @@ struct Conv2d {
 
 // Of every kernel: elements of its prepared weights; their preparation from [K, C / groups, KH, KW]; how many tasks a
 // convolution has; floats of scratch that a thread needs; and the tasks begin <= i < end.
-#define FASTCV_CONV2D_KERNEL(name)                                                       \
-  int64_t name##_weights(const Conv2dShape& shape);                                      \
-  void name##_prepare(const Conv2dShape& shape, const float* weight, float* prepared);   \
-  int64_t name##_tasks(const Conv2dShape& shape);                                        \
-  int64_t name##_scratch(const Conv2dShape& shape);                                      \
+#define FASTCV_CONV2D_KERNEL(name)                                                                         \
+  int64_t name##_weights(const Conv2dShape& shape);                                                        \
+  void name##_prepare(const Conv2dShape& shape, const float* weight, const float* scale, float* prepared); \
+  int64_t name##_tasks(const Conv2dShape& shape);                                                          \
+  int64_t name##_scratch(const Conv2dShape& shape);                                                        \
   void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch);
 
 FASTCV_EACH_ISA(

@@ -73,11 +73,10 @@ struct WeightView {
   }
 };
 
-// Weights laid out for the kernel. Winograd's, which take longest, by several threads: in its layout multiples of 64
-// outputs (whole panels on every instruction set) lie one after the other.
+// Weights laid out for the kernel, by several threads where its layout allows.
 Tensor prepare_weights(const Conv2dKernel& kernel, const Conv2dShape& shape, const WeightView& weight) {
-  const bool divisible = kernel.number == 1 || kernel.number == 5 || kernel.number == 11;
-  const int64_t most = divisible ? 64 : shape.out_channels, parts = (shape.out_channels + most - 1) / most;
+  const int64_t together = outputs_prepared_together(kernel, shape), most = together ? together : shape.out_channels;
+  const int64_t parts = (shape.out_channels + most - 1) / most;
   const bool contiguous = weight.is_contiguous(shape);
   Tensor prepared = empty_cpu({kernel.weights(shape)}, ScalarType::Float);
   float* const out = mutable_data<float>(prepared);
@@ -89,7 +88,7 @@ Tensor prepare_weights(const Conv2dKernel& kernel, const Conv2dShape& shape, con
       Conv2dShape before = shape, part = shape;
       before.out_channels = first, part.out_channels = last - first;
       if (!contiguous) weight.copy(shape, first, last, copy.get());
-      kernel.prepare(part, contiguous ? weight.data + first * weight.step_k : copy.get(),
+      kernel.prepare(part, contiguous ? weight.data + first * weight.step_k : copy.get(), nullptr,
                      out + (first ? kernel.weights(before) : 0));
     }
   });

@@ -196,10 +196,11 @@ void run_any_band(const Conv2d& conv, int64_t image, int64_t y, int64_t end) {
 
 int64_t conv2d_depthwise_weights(const Conv2dShape& s) { return s.kernel_h * s.kernel_w * padded_channels(s); }
 
-void conv2d_depthwise_prepare(const Conv2dShape& s, const float* weight, float* prepared) {
+void conv2d_depthwise_prepare(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) {
   const int64_t taps = s.kernel_h * s.kernel_w, channels = padded_channels(s);
   for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t c = 0; c < channels; ++c) prepared[tap * channels + c] = c < s.channels ? weight[c * taps + tap] : 0;
+    for (int64_t c = 0; c < channels; ++c)
+      prepared[tap * channels + c] = c < s.channels ? weight[c * taps + tap] * (scale ? scale[c] : 1) : 0;
 }
 
 int64_t conv2d_depthwise_tasks(const Conv2dShape& s) { return s.images * ceil_div(s.out_height, task_rows(s)); }

@@ -25,6 +25,7 @@
 // conv2d_bf16_kernels.cpp, which say which.
 #pragma once
 
+#include "../common/channel_block.h"
 #include "conv2d_gemm_plan.h"
 
 namespace fastcv::FASTCV_ISA {
@@ -306,26 +307,49 @@ int64_t weight_words(const Conv2dShape& s) {
   return s.groups * ceil_div(s.group_outputs(), L) * L * s.kernel_h * s.kernel_w * words(s);
 }
 
-void prepare_weights(const Conv2dShape& s, const float* weight, float* prepared) {
-  const int64_t channels = s.group_channels(), taps = s.kernel_h * s.kernel_w;
+// Of the columns k to k + L of a group: a few elements of their filters at a time are transposed into a block.
+void prepare_columns(const float* filters, const float* scale, int64_t channels, int64_t taps, int columns, float* to,
+                     int64_t step) {
+  constexpr int64_t kElements = 128;
+  alignas(64) float block[kElements * L];
+  const Vec<float> factor = scale ? load_some(scale, columns) : broadcast(1.0f);
+  for (int64_t first = 0; first < channels * taps; first += kElements) {
+    const int64_t n = min_of(kElements, channels * taps - first);
+    pack(filters + first, channels * taps, 1, n, columns, block);
+    for (int64_t i = 0, c = first / taps, tap = first % taps; i < n; ++i) {
+      store(to + (tap * channels + c) * step, factor * load(block + i * L));
+      if (++tap == taps) tap = 0, ++c;
+    }
+  }
+}
+
+// The same rounded, two channels to a word.
+void prepare_pairs(const float* filters, const float* scale, int64_t channels, int64_t taps, int columns, float* to,
+                   int64_t step) {
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t c = 0; c < channels; c += 2, to += step)
+      for (int n = 0; n < L; ++n) {
+        bfloat16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const bool there = n < columns && c + i < channels;
+          from_accumulate(there ? filters[(n * channels + c + i) * taps + tap] * (scale ? scale[n] : 1) : 0, pair + i);
+        }
+        memcpy(to + n, pair, 4);
+      }
+}
+
+void prepare_weights(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) {
+  const int64_t channels = s.group_channels(), taps = s.kernel_h * s.kernel_w, rows = taps * words(s);
   for (int64_t g = 0; g < s.groups; ++g)
     for (int64_t n0 = 0; n0 < s.group_outputs(); n0 += kPanel) {
-      const int64_t columns = min_of(kPanel, s.group_outputs() - n0);
-      const auto at = [&](int64_t n, int64_t c, int64_t tap) {
-        return n < columns && c < channels ? weight[((g * s.group_outputs() + n0 + n) * channels + c) * taps + tap]
-                                           : 0.0f;
-      };
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t c = 0; c < channels; c += kPairs ? 2 : 1)
-          for (int64_t n = 0; n < ceil_div(columns, L) * L; ++n, ++prepared) {
-            if constexpr (kPairs) {
-              bfloat16_t pair[2];
-              from_accumulate(at(n, c, tap), pair), from_accumulate(at(n, c + 1, tap), pair + 1);
-              memcpy(prepared, pair, 4);
-            } else {
-              *prepared = at(n, c, tap);
-            }
-          }
+      const int64_t columns = min_of(kPanel, s.group_outputs() - n0), step = ceil_div(columns, L) * L;
+      for (int64_t n = 0; n < columns; n += L) {
+        const int64_t k = g * s.group_outputs() + n0 + n;
+        const auto prepare = kPairs ? prepare_pairs : prepare_columns;
+        prepare(weight + k * channels * taps, scale ? scale + k : nullptr, channels, taps, int(min_of(L, columns - n)),
+                prepared + n, step);
+      }
+      prepared += rows * step;
     }
 }
 
@@ -366,11 +390,11 @@ void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
 }  // namespace
 }  // namespace fastcv::FASTCV_ISA
 
-#define FASTCV_GEMM(name)                                                           \
-  int64_t name##_weights(const Conv2dShape& s) { return weight_words(s); }          \
-  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { \
-    prepare_weights(s, weight, prepared);                                           \
-  }                                                                                 \
-  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks(s); }             \
-  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size(s); }          \
+#define FASTCV_GEMM(name)                                                                               \
+  int64_t name##_weights(const Conv2dShape& s) { return weight_words(s); }                              \
+  void name##_prepare(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) { \
+    prepare_weights(s, weight, scale, prepared);                                                        \
+  }                                                                                                     \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks(s); }                                 \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size(s); }                              \
   void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run_tasks(conv, begin, end, scratch); }

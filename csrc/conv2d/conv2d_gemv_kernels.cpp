@@ -67,8 +67,9 @@ bool conv2d_gemv_serves(const Conv2dShape& s) {
 
 int64_t conv2d_gemv_weights(const Conv2dShape& s) { return s.out_channels * s.channels; }
 
-void conv2d_gemv_prepare(const Conv2dShape& s, const float* weight, float* prepared) {
-  memcpy(prepared, weight, size_t(conv2d_gemv_weights(s)) * sizeof(float));
+void conv2d_gemv_prepare(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) {
+  for (int64_t k = 0; k < s.out_channels; ++k)
+    for (int64_t c = 0; c < s.channels; ++c) *prepared++ = *weight++ * (scale ? scale[k] : 1);
 }
 
 int64_t conv2d_gemv_tasks(const Conv2dShape& s) { return (s.out_channels + task_rows(s) - 1) / task_rows(s); }

@@ -172,13 +172,13 @@ int64_t conv2d_grouped_weights(const Conv2dShape& s) {
   return ceil_div(s.channels, L) * L * s.kernel_h * KW * s.group_channels();
 }
 
-void conv2d_grouped_prepare(const Conv2dShape& s, const float* weight, float* prepared) {
+void conv2d_grouped_prepare(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) {
   const int64_t g = s.group_channels(), taps = s.kernel_h * KW;
   for (int64_t c = 0; c < s.channels; c += L)
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t i = 0; i < g; ++i)
         for (int64_t lane = c; lane < c + L; ++lane)
-          *prepared++ = lane < s.channels ? weight[(lane * g + i) * taps + tap] : 0;
+          *prepared++ = lane < s.channels ? weight[(lane * g + i) * taps + tap] * (scale ? scale[lane] : 1) : 0;
 }
 
 int64_t conv2d_grouped_tasks(const Conv2dShape& s) { return s.images * ceil_div(s.out_height, task_rows(s)); }

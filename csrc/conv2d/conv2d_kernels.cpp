@@ -185,6 +185,11 @@ double winograd_cost(const Conv2dShape& s, int64_t patch) {
   return std::max(products, reading) + reading / 2;
 }
 
+int64_t outputs_prepared_together(const Conv2dKernel& kernel, const Conv2dShape& s) {
+  const bool panels = winograd_tile(kernel) || (kernel.number == 0 && s.groups == 1);
+  return panels ? 64 : 0;
+}
+
 bool is_valid_window(const Conv2dShape& s) {
   return is_window(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h) &&
          is_window(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);

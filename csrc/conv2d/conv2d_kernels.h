@@ -12,12 +12,16 @@ struct Conv2dKernel {
   int64_t number;  // in fastcv.ops.conv2d.KERNELS
   const char* name;
   int64_t (*weights)(const Conv2dShape&);
-  void (*prepare)(const Conv2dShape&, const float*, float*);
+  void (*prepare)(const Conv2dShape&, const float*, const float*, float*);
   int64_t (*tasks)(const Conv2dShape&);
   int64_t (*scratch)(const Conv2dShape&);
   void (*run)(const Conv2d&, int64_t, int64_t, float*);
   bool (*serves)(const Conv2dShape&);
 };
+
+// How many outputs' prepared weights lie together, those of the next so many after them; 0: those of all do. It is a
+// multiple of the panels of every instruction set.
+int64_t outputs_prepared_together(const Conv2dKernel& kernel, const Conv2dShape& shape);
 
 // Has "auto" choose a kernel for convolutions of just this shape, whatever their precision allows; null undoes it.
 // Measured choices (fastcv.tune) come this way.

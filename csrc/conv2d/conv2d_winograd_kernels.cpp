@@ -42,6 +42,7 @@
 // pixels have 38 MB for P = 6 (1.05 ms at 37 GB/s, for 0.34 ms of arithmetic) and 17 MB for P = 4 (0.65 ms in all). So
 // a product prefetches the next one's U, a part during each of its tiles: 512 x 512 channels at 14x14 take 1.67 ms, and
 // 1.86 where the last tile fetches all of it.
+#include "../common/channel_block.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_tile.h"
 #include "conv2d_winograd_transforms.h"
@@ -299,27 +300,60 @@ void run_task(const Conv2d& conv, const Plan& p, int64_t first, int64_t last, in
   }
 }
 
+// U of one channel for L filters, which lie at g as [RY * RX][L]; its elements `step` floats apart.
 template <int P, int RY, int RX>
-void prepare_weights(const Conv2dShape& s, const float* weight, float* prepared) {
-  constexpr int PY = kPatch<P, RY>, PX = kPatch<P, RX>, elements = PY * PX;
+FASTCV_INLINE void transform_filters(const float* g, Vec<float> scale, float* u, int64_t step) {
+  constexpr int PY = kPatch<P, RY>, PX = kPatch<P, RX>;
+  Vec<float> half[RX][PY];  // G g, by columns
+  for (int x = 0; x < RX; ++x) {
+    Vec<float> column[RY];
+    for (int y = 0; y < RY; ++y) column[y] = scale * load(g + (y * RX + x) * L);
+    transform_weights(column, half[x]);
+  }
+  for (int y = 0; y < PY; ++y) {
+    Vec<float> row[RX], out[PX];
+    for (int x = 0; x < RX; ++x) row[x] = half[x][y];
+    transform_weights(row, out);
+    for (int x = 0; x < PX; ++x) store(u + (y * PX + x) * step, out[x]);
+  }
+}
+
+// U = G g G^T of filters [K][C][RY][RX], panel by panel: [element][C][columns]. Some channels' filters are transposed
+// into a block, so that a vector has one element of L of them, and U of a few channels is gathered in the caches before
+// it goes where it belongs: its elements lie a power of two apart there, and would share sets of the caches.
+template <int P, int RY, int RX>
+void prepare_weights(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) {
+  constexpr int elements = kPatch<P, RY> * kPatch<P, RX>, area = RY * RX;
+  constexpr int64_t kChannels = 16, kGathered = 4;
+  alignas(64) float filters[kChannels * area * kPanel], gathered[elements * kGathered * kPanel];
   for (int64_t k0 = 0; k0 < s.out_channels; k0 += kPanel) {
     const int64_t columns = ceil_div(min_of(kPanel, s.out_channels - k0), L) * L;
-    for (int64_t c = 0; c < s.channels; ++c)
-      for (int64_t k = 0; k < columns; k += L) {
-        double g[RY * RX][L] = {}, u[elements][L];
-        for (int64_t l = 0; l < min_of(L, s.out_channels - k0 - k); ++l)
-          for (int64_t i = 0; i < RY * RX; ++i) g[i][l] = weight[((k0 + k + l) * s.channels + c) * RY * RX + i];
-        transform_weights<RY, RX, PY, PX, L>(g, u);
+    for (int64_t c0 = 0; c0 < s.channels; c0 += kChannels) {
+      const int64_t channels = min_of(kChannels, s.channels - c0);
+      for (int64_t k = 0; k < columns; k += L)
+        pack(weight + ((k0 + k) * s.channels + c0) * area, s.channels * area, 1, channels * area,
+             int(min_of(L, s.out_channels - k0 - k)), filters + k * kChannels * area);
+      for (int64_t first = 0; first < channels; first += kGathered) {
+        const int64_t depth = min_of(kGathered, channels - first);
+        for (int64_t c = 0; c < depth; ++c)
+          for (int64_t k = 0; k < columns; k += L) {
+            const int n = int(min_of(L, s.out_channels - k0 - k));
+            transform_filters<P, RY, RX>(filters + (k * kChannels + (first + c) * L) * area,
+                                         scale ? load_some(scale + k0 + k, n) : broadcast(1.0f),
+                                         gathered + c * columns + k, kGathered * columns);
+          }
         for (int64_t e = 0; e < elements; ++e)
-          for (int64_t l = 0; l < L; ++l) prepared[(e * s.channels + c) * columns + k + l] = float(u[e][l]);
+          memcpy(prepared + (e * s.channels + c0 + first) * columns, gathered + e * kGathered * columns,
+                 size_t(depth * columns) * sizeof(float));
       }
+    }
     prepared += elements * s.channels * columns;
   }
 }
 
 // What depends on the size of the kernel.
 struct Functions {
-  void (*prepare)(const Conv2dShape&, const float*, float*);
+  void (*prepare)(const Conv2dShape&, const float*, const float*, float*);
   void (*run_task)(const Conv2d&, const Plan&, int64_t, int64_t, int64_t, int64_t, float*);
 };
 
@@ -377,13 +411,13 @@ void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-#define FASTCV_WINOGRAD(name, P)                                                    \
-  int64_t name##_weights(const Conv2dShape& s) { return count_weights<P>(s); }      \
-  void name##_prepare(const Conv2dShape& s, const float* weight, float* prepared) { \
-    functions<P>(s).prepare(s, weight, prepared);                                   \
-  }                                                                                 \
-  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<P>(s); }          \
-  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<P>(s); }       \
+#define FASTCV_WINOGRAD(name, P)                                                                        \
+  int64_t name##_weights(const Conv2dShape& s) { return count_weights<P>(s); }                          \
+  void name##_prepare(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) { \
+    functions<P>(s).prepare(s, weight, scale, prepared);                                                \
+  }                                                                                                     \
+  int64_t name##_tasks(const Conv2dShape& s) { return count_tasks<P>(s); }                              \
+  int64_t name##_scratch(const Conv2dShape& s) { return scratch_size<P>(s); }                           \
   void name(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) { run<P>(conv, begin, end, scratch); }
 
 FASTCV_WINOGRAD(conv2d_winograd, 6)

@@ -179,26 +179,23 @@ struct WeightTransform<1, 1> {
   double g[1][1] = {{1}};
 };
 
-// G g G^T for the filters of L output channels at once, of RY x RX elements.
-template <int RY, int RX, int PY, int PX, int L>
-void transform_weights(const double (&g)[RY * RX][L], double (&u)[PY * PX][L]) {
-  constexpr WeightTransform<RY, PY> vertical{};
-  constexpr WeightTransform<RX, PX> horizontal{};
-  double half[PY * RX][L];
-  for (int i = 0; i < PY; ++i)
-    for (int j = 0; j < RX; ++j)
-      for (int l = 0; l < L; ++l) {
-        double sum = 0;
-        for (int k = 0; k < RY; ++k) sum += vertical.g[i][k] * g[k * RX + j][l];
-        half[i * RX + j][l] = sum;
-      }
-  for (int i = 0; i < PY; ++i)
-    for (int j = 0; j < PX; ++j)
-      for (int l = 0; l < L; ++l) {
-        double sum = 0;
-        for (int k = 0; k < RX; ++k) sum += half[i * RX + k][l] * horizontal.g[j][k];
-        u[i * PX + j][l] = sum;
-      }
+// One line of G g.
+template <int R, int P>
+FASTCV_INLINE void transform_weights(const Vec<float> (&g)[R], Vec<float> (&out)[P]) {
+  constexpr WeightTransform<R, P> transform{};
+#pragma GCC unroll 8
+  for (int i = 0; i < P; ++i) {
+    Vec<float> sum{};
+    bool first = true;
+#pragma GCC unroll 8
+    for (int j = 0; j < R; ++j) {
+      if (transform.g[i][j] == 0) continue;
+      const Vec<float> factor = broadcast(float(transform.g[i][j]));
+      sum = first ? factor * g[j] : fma(factor, g[j], sum);
+      first = false;
+    }
+    out[i] = sum;
+  }
 }
 
 }  // namespace fastcv::FASTCV_ISA

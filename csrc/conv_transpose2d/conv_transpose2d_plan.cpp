@@ -235,7 +235,7 @@ void ConvTranspose2dPlan::prepare_phase(const Part& part, const float* weight, f
             *to++ = from[(part.runs.y.kernel + ty * part.runs.y.kernel_step) * s.kernel_w + part.runs.x.kernel +
                          tx * part.runs.x.kernel_step];
       }
-  part.kernel->prepare(part.shape, of_phase.data(), prepared);
+  part.kernel->prepare(part.shape, of_phase.data(), nullptr, prepared);
 }
 
 void ConvTranspose2dPlan::prepare(const float* weight, float* prepared) const {

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // floats
 
+int64_t ceil_to_line(int64_t floats) { return (floats + kAlignment - 1) / kAlignment * kAlignment; }
+
 class Placement {
  public:
   Placement(const Program& program, Plan& plan) : program_(program), plan_(plan), nodes_(plan.extents.size()) {
@@ -147,7 +149,7 @@ class Placement {
   }
 
   struct Buffer {
-    int64_t root, from, to, size, offset;
+    int64_t root, from, to, size, offset;  // root: a value, or -1 - the step whose weights it holds
   };
 
   void set_offsets() {
@@ -163,8 +165,12 @@ class Placement {
     for (size_t v = 0; v < nodes_.size(); ++v) {
       const Extent& e = plan_.extents[v];
       if (nodes_[v].parent >= 0 || plan_.places[v].kind != Place::Kind::arena) continue;
-      const int64_t size = (e.n * e.c * e.h * e.w + kAlignment - 1) / kAlignment * kAlignment + 64 * kAlignment;
+      const int64_t size = ceil_to_line(e.n * e.c * e.h * e.w) + 64 * kAlignment;
       wanted.push_back({int64_t(v), buffers[v].from, buffers[v].to, size, 0});
+    }
+    for (int64_t i = 0; i < int64_t(plan_.steps.size()); ++i) {
+      const int64_t floats = plan_.steps[size_t(i)].transient.floats;
+      if (floats > 0) wanted.push_back({-1 - i, i, i, ceil_to_line(floats), 0});
     }
     std::stable_sort(wanted.begin(), wanted.end(), [](const Buffer& a, const Buffer& b) { return a.size > b.size; });
     for (Buffer& b : wanted) {
@@ -177,7 +183,10 @@ class Placement {
         b.offset = std::max(b.offset, end);
       }
       // Maps often have sizes that are multiples of 4 KB: pixels of two would meet in the same sets of the caches.
-      plan_.places[size_t(b.root)].offset = b.offset + int64_t(done.size()) * 13 % 64 * kAlignment;
+      if (b.root >= 0)
+        plan_.places[size_t(b.root)].offset = b.offset + int64_t(done.size()) * 13 % 64 * kAlignment;
+      else
+        plan_.steps[size_t(-1 - b.root)].transient.offset = b.offset;
       plan_.arena = std::max(plan_.arena, b.offset + b.size);
       done.push_back(b);
     }

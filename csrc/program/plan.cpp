@@ -35,18 +35,8 @@ const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const 
   const std::lock_guard lock(mutex_);
   auto& kept = prepared_[{&kernel, s.weights[0], s.weights[2], shape.groups}];
   if (!kept) {
-    const Weight& weight = weights[size_t(s.weights[0])];
-    const float *scale = s.weight(*this, 2), *from = weight.data;
-    std::vector<float> scaled;
-    if (scale) {
-      const int64_t row = shape.group_channels() * shape.kernel_h * shape.kernel_w;
-      scaled.resize(size_t(shape.out_channels * row));
-      for (int64_t k = 0; k < shape.out_channels; ++k)
-        for (int64_t i = 0; i < row; ++i) scaled[size_t(k * row + i)] = from[k * row + i] * scale[k];
-      from = scaled.data();
-    }
     kept = blocks_.allocate(kernel.weights(shape));
-    kernel.prepare(shape, from, kept);
+    kernel.prepare(shape, s.weight(*this, 0), s.weight(*this, 2), kept);
   }
   return kept;
 }
@@ -85,7 +75,6 @@ PlannedStep choose_kernel(Program& program, const Plan& plan, size_t number, int
     planned.shape = conv_shape(program, step, plan.extents);
     planned.shape.threads = threads;
     planned.conv = conv2d_kernel("auto", planned.shape, program.precision);
-    planned.weight = program.prepared(step, *planned.conv, planned.shape);
   } else if (step.op == Op::conv_transpose) {
     planned.shape = transposed_shape(program, step, plan.extents);
     planned.shape.threads = threads;
@@ -108,15 +97,18 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t thre
   for (const Step& step : program.steps) plan.extents[size_t(step.output)] = output_extent(program, step, plan.extents);
   for (size_t i = 0; i < program.steps.size(); ++i) plan.steps.push_back(choose_kernel(program, plan, i, threads));
   find_chains(program, plan, threads);
+  find_weights(program, plan, threads);
   place_values(program, plan);
   cut_into_bands(program, plan, threads);
+  cut_into_parts(plan);
   for (PlannedStep& planned : plan.steps) {
     if (planned.copy_from >= 0) planned.other = step_kernel(Op::cat);
     plan.scratch = std::max(plan.scratch, planned.conv         ? planned.conv->scratch(planned.shape)
                                           : planned.transposed ? planned.transposed->scratch()
                                                                : 0);
     const BoundStep bound = bind_step(program, plan, planned, Pointers{});
-    planned.tasks = planned.conv         ? planned.conv->tasks(planned.shape)
+    planned.tasks = planned.transient.makes ? preparation_tasks(planned)
+                    : planned.conv       ? planned.conv->tasks(planned.shape)
                     : planned.transposed ? planned.transposed->tasks()
                                          : planned.other.tasks(bound.task);
     const Extent& in =

@@ -66,6 +66,7 @@ struct Weight {
 
 struct Program {
   Precision precision = Precision::standard;
+  bool low_memory = false;  // weights are made at each run where that pays (weights.cpp)
   int64_t inputs = 0, values = 0;  // values 0 .. inputs are what it is called with
   std::vector<int64_t> outputs;
   std::vector<Step> steps;
@@ -99,7 +100,7 @@ struct PlannedStep {
   const Conv2dKernel* conv = nullptr;
   Conv2dShape shape{};
   std::shared_ptr<const ConvTranspose2dPlan> transposed;  // of a transposed convolution
-  const float* weight = nullptr;                          // prepared
+  const float* weight = nullptr;                          // prepared, null where they are made at each run
   StepKernel other{};
   int64_t copy_from = -1, copy_to = -1, copy_channel = 0, copy_output = -1;
   int64_t tasks = 0;
@@ -107,6 +108,12 @@ struct PlannedStep {
   struct Band {
     int64_t image = 0, images = 0, in_row = 0, out_row = 0, out_rows = 0, pad_h = 0;
   } band{};
+  // Of weights that are made at each run (weights.cpp): how many floats for how many outputs, and where in the arena.
+  // The step falls into parts of that many outputs, from first_output on; before each comes one that makes its weights.
+  struct Transient {
+    int64_t floats = 0, outputs = 0, offset = 0, first_output = 0;
+    bool makes = false;
+  } transient{};
 };
 
 // Steps of the program that run together, band by band: from the first to the last of a chain.
@@ -129,10 +136,14 @@ Conv2dShape conv_shape(const Program& program, const Step& step, const std::vect
 Conv2dShape transposed_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
 // Sets spans; kernels are chosen.
 void find_chains(const Program& program, Plan& plan, int64_t threads);
+// Sets weights of convolutions, or how they are made at each run.
+void find_weights(Program& program, Plan& plan, int64_t threads);
 // Sets places and arena; steps lose those that are views and gain the copies that are needed.
 void place_values(const Program& program, Plan& plan);
 // Replaces the steps of each chain by those of its bands.
 void cut_into_bands(const Program& program, Plan& plan, int64_t threads);
+// Replaces the steps whose weights are made at each run by their parts.
+void cut_into_parts(Plan& plan);
 Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t threads);
 
 }  // namespace fastcv::program

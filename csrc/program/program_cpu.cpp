@@ -186,11 +186,12 @@ void check_step(const Program& program, const Step& step) {
 
 // code: inputs with their ranks; values; outputs and their ranks; steps of kind, output, and lists of inputs, params,
 // weights.
-int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights, int64_t precision) {
+int64_t program_load(const std::vector<int64_t>& code, const std::vector<Tensor>& weights, int64_t precision,
+                     bool low_memory) {
   auto loaded = std::make_shared<Loaded>();
   Program& p = loaded->program;
   STD_TORCH_CHECK(precision >= 0 && precision <= int64_t(Precision::fast), "precision: ", precision);
-  p.precision = Precision(precision);
+  p.precision = Precision(precision), p.low_memory = low_memory;
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weights: expected float32");
     loaded->kept.push_back(as_contiguous(weight, ScalarType::Float));
@@ -299,23 +300,26 @@ std::vector<Tensor> program_run(int64_t handle, std::vector<Tensor> inputs) {
   return outputs;
 }
 
+// One of several steps that a step of the program was cut into.
+bool is_piece(const PlannedStep& planned) { return planned.band.images || planned.transient.floats; }
+
 void program_free(int64_t handle) { Registry::instance().remove(handle); }
 
 // Steps of the last run as rows of numbers: kind (-1: copy), kernel (-1 where there is no choice), nanoseconds,
 // multiply-adds, bytes that are read and written once, the sizes of input and output, kernel, stride, padding, dilation
-// and groups of a convolution, whether it norms its input, and in how many bands it was run. Turns measuring on.
+// and groups of a convolution, whether it norms its input, and in how many pieces it was run. Turns measuring on.
 Tensor program_profile(int64_t handle) {
   const std::shared_ptr<Loaded> loaded = Registry::instance().get(handle);
   const std::lock_guard lock(loaded->mutex);
   loaded->profile = true;
   const Plan* plan = loaded->profiled.get();
   const size_t steps = plan ? plan->steps.size() : 0;
-  std::vector<size_t> first(steps);  // of the bands of a step
+  std::vector<size_t> first(steps);  // of the pieces of a step
   std::map<size_t, size_t> first_of;
   for (size_t i = 0; i < steps; ++i)
-    first[i] = plan->steps[i].band.images ? first_of.try_emplace(plan->steps[i].step, i).first->second : i;
+    first[i] = is_piece(plan->steps[i]) ? first_of.try_emplace(plan->steps[i].step, i).first->second : i;
   int64_t rows = 0;
-  constexpr int64_t columns = 23, kTime = 2, kWork = 3, kBands = 22;
+  constexpr int64_t columns = 23, kTime = 2, kWork = 3, kPieces = 22;
   std::vector<int64_t> row_of(steps);
   for (size_t i = 0; i < steps; ++i) row_of[i] = first[i] == i ? rows++ : row_of[first[i]];
   Tensor table = empty_cpu({rows, columns}, ScalarType::Long);
@@ -329,14 +333,12 @@ Tensor program_profile(int64_t handle) {
     const Extent& to = copy ? in : plan->extents[size_t(step->output)];
     const Conv2dShape& c = s.shape;
     const bool conv = s.conv || s.transposed;
-    const int64_t weights = conv ? c.out_channels * c.group_channels() * c.kernel_h * c.kernel_w : 0;
+    const int64_t of_output = conv ? c.group_channels() * c.kernel_h * c.kernel_w : 0;
     const int64_t pixels = s.transposed ? c.height * c.width : c.out_height * c.out_width;
-    const int64_t work = conv ? c.images * pixels * weights : 0, kernel = s.conv ? s.conv->number
-                                                                          : s.transposed
-                                                                              ? int64_t(s.transposed->kernel())
-                                                                              : -1;
+    const int64_t work = conv && !s.transient.makes ? c.images * pixels * c.out_channels * of_output : 0;
+    const int64_t kernel = s.conv ? s.conv->number : s.transposed ? int64_t(s.transposed->kernel()) : -1;
     const int64_t second = step && step->inputs.size() == 2 ? to.n * to.c * to.h * to.w : 0;
-    const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + weights + second);
+    const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + to.c * of_output + second);
     const int64_t row[] = {copy ? -1 : int64_t(step->op),
                            kernel,
                            loaded->nanoseconds[i],
@@ -363,7 +365,7 @@ Tensor program_profile(int64_t handle) {
     if (first[i] == i)
       std::copy(std::begin(row), std::end(row), out);
     else
-      out[kTime] += row[kTime], out[kWork] += row[kWork], ++out[kBands];
+      out[kTime] += row[kTime], out[kWork] += row[kWork], ++out[kPieces];
   }
   return table;
 }

@@ -54,7 +54,8 @@ Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& pl
     const PixelMap<float> m = place_map(plan, pointers, value);
     return vectors ? as_image(m) : m;
   };
-  conv.shape = planned.shape, conv.weight = planned.weight;
+  conv.shape = planned.shape;
+  conv.weight = planned.weight ? planned.weight : pointers.arena + planned.transient.offset;
   conv.input = read_only(map(step.inputs[0]));
   conv.output = map(step.output);
   if (step.inputs.size() > 1) conv.residual = read_only(map(step.inputs[1]));
@@ -64,6 +65,11 @@ Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& pl
     if (conv.residual.data) move_to(conv.residual, planned.band, planned.band.out_row);
   }
   conv.bias = step.weight(program, 1);
+  if (const int64_t first = planned.transient.first_output) {
+    conv.output.data += first;
+    if (conv.residual.data) conv.residual.data += first;
+    if (conv.bias) conv.bias += first;
+  }
   conv.input_scale = step.weight(program, 3), conv.input_shift = step.weight(program, 4);
   const size_t activation = planned.transposed ? 9 : 7;
   conv.activation = Activation(step.params[activation]), conv.slope = float(step.real(activation + 1));
@@ -119,8 +125,11 @@ StepTask bind_copy(const Plan& plan, const PlannedStep& planned, const Pointers&
 }  // namespace
 
 BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers) {
-  BoundStep bound{&planned, {}, {}};
-  if (planned.conv || planned.transposed)
+  BoundStep bound{&planned, {}, {}, {}};
+  const Step* step = planned.step < program.steps.size() ? &program.steps[planned.step] : nullptr;
+  if (planned.transient.makes)
+    bound.preparation = {step->weight(program, 0), step->weight(program, 2), pointers.arena + planned.transient.offset};
+  else if (planned.conv || planned.transposed)
     bound.conv = bind_conv(program, plan, planned, pointers);
   else if (planned.copy_from >= 0)
     bound.task = bind_copy(plan, planned, pointers);
@@ -141,7 +150,9 @@ void Run::work_step(const BoundStep& step, Counter* counter, int64_t own, float*
   const PlannedStep& planned = *step.planned;
   std::atomic<int64_t>& done = counter->value;
   each_claimed(planned.tasks, portions, own, counter + 1, [&](int64_t task) {
-    if (planned.conv)
+    if (planned.transient.makes)
+      step.preparation.run(planned, task);
+    else if (planned.conv)
       planned.conv->run(step.conv, task, task + 1, scratch);
     else if (planned.transposed)
       planned.transposed->run(step.conv, task, task + 1, scratch);

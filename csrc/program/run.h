@@ -1,8 +1,8 @@
 // Running a plan: threads go through its steps together.
 //
 // A step's tasks are cut into as many portions as there are threads (common/portions.h). A thread claims tasks, its own
-// first, waits until all are done, and goes to the next step. Nobody counts threads: one that comes late joins the step at
-// work, and one alone does everything, so that it does not matter how many the pool gives.
+// first, waits until all are done, and goes to the next step. Nobody counts threads: one that comes late joins the step
+// at work, and one alone does everything, so that it does not matter how many the pool gives.
 #pragma once
 
 #include <atomic>
@@ -19,10 +19,20 @@ struct Pointers {
   std::vector<float*> outputs;
 };
 
+// Of weights that are made at each run.
+struct Preparation {
+  const float *weight, *scale;  // of all outputs; scale may be null
+  float* to;
+
+  void run(const PlannedStep& planned, int64_t task) const;
+};
+int64_t preparation_tasks(const PlannedStep& planned);
+
 struct BoundStep {
   const PlannedStep* planned;
   Conv2d conv;
   StepTask task;
+  Preparation preparation;
 };
 
 BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers);

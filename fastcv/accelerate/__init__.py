@@ -16,6 +16,7 @@ from torch import nn
 from .._library import cpu_loaded
 from ._capture import capture
 from ._detection import replace_operators
+from ._program import Settings
 from ._report import Report
 from ._tune import load_tuning, tune
 
@@ -23,7 +24,12 @@ __all__ = ["Report", "accelerate", "load_tuning", "tune"]
 
 
 def accelerate(
-    model: nn.Module, *, inplace: bool = False, dtype: torch.dtype = torch.float32, precision: str = "default"
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "default",
+    low_memory: bool = False,
 ) -> nn.Module:
     """The same model for inference, faster on the CPU.
 
@@ -36,6 +42,9 @@ def accelerate(
         precision: of convolutions in float32. ``"default"``: relative errors of a layer at most 1e-5;
             ``"highest"``: no Winograd, errors as torch's; ``"fast"``: Winograd's largest tiles where they are faster,
             relative errors at most 5e-5. What that is relative to: see :func:`fastcv.ops.conv2d`.
+        low_memory: lay most weights out at each call, in memory that layers share, instead of once. Otherwise they are
+            there twice, those of 3x3 convolutions five times. The same results, slower: a tenth where maps are large
+            (detectors, segmentation), half again as long and more for one image of 224 pixels.
 
     Returns:
         A module in evaluation mode with the same class, attributes, state dict and outputs (to rounding), and the
@@ -43,7 +52,7 @@ def accelerate(
         or in training mode it runs as before.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, ``low_memory`` is not a bool.
         ValueError: another ``dtype`` or ``precision``.
 
     Example:
@@ -62,6 +71,8 @@ def accelerate(
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
     if precision not in ("default", "highest", "fast") or (precision != "default" and dtype != torch.float32):
         raise ValueError(f'precision: expected "default", or in float32 "highest" or "fast", got {precision!r}')
+    if not isinstance(low_memory, bool):
+        raise TypeError(f"low_memory: expected a bool, got {low_memory!r}")
     if not inplace:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         model = copy.deepcopy(model, shared)
@@ -73,7 +84,8 @@ def accelerate(
         return model
     # torchvision's own code takes results in any memory format.
     keep_strides = not type(model).__module__.startswith("torchvision.")
-    capture(model, "", report, keep_strides, "bfloat16" if dtype == torch.bfloat16 else precision)
+    settings = Settings("bfloat16" if dtype == torch.bfloat16 else precision, low_memory)
+    capture(model, "", report, keep_strides, settings)
     report.operators = replace_operators(model)
     model.fastcv_report = report
     return model

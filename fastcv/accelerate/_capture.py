@@ -18,6 +18,7 @@ from .. import ops
 from ..nn.conv import ConvNormAct
 from ._lower import Untraceable, lower
 from ._modules import has_hooks, has_work, is_norm
+from ._program import Settings
 from ._report import Part, Report
 
 # Of the largest output, between a part and its captured form, on its first input.
@@ -40,7 +41,7 @@ class _Tracer(fx.Tracer):
         return super().call_module(module, forward, args, kwargs)
 
 
-def capture(module: nn.Module, name: str, report: Report, keep_strides: bool, precision: str) -> None:
+def capture(module: nn.Module, name: str, report: Report, keep_strides: bool, settings: Settings) -> None:
     """Capture ``module`` as a whole, or else its children one by one.
 
     Results are channels-last inside. ``keep_strides`` has what leaves a part made contiguous where it was before, for
@@ -57,11 +58,11 @@ def capture(module: nn.Module, name: str, report: Report, keep_strides: bool, pr
         if not children:
             report.left.append((name, captured))
         for child_name, child in children.items():
-            capture(child, f"{name}.{child_name}".lstrip("."), report, keep_strides, precision)
+            capture(child, f"{name}.{child_name}".lstrip("."), report, keep_strides, settings)
         return
     part = Part(name)
     report.parts.append(part)
-    module.forward = _Forward(module, captured, part, report, keep_strides, precision)
+    module.forward = _Forward(module, captured, part, report, keep_strides, settings)
 
 
 def _trace(module: nn.Module) -> fx.GraphModule | str:
@@ -155,10 +156,10 @@ class _Forward:
         part: Part,
         report: Report,
         keep_strides: bool,
-        precision: str,
+        settings: Settings,
     ):
         self.module, self.captured, self.part, self.report = module, captured.eval(), part, report
-        self.keep_strides, self.precision = keep_strides, precision
+        self.keep_strides, self.settings = keep_strides, settings
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.inputs = sum(p.default is p.empty for p in parameters) - 1  # without self; others keep their defaults
         self.checked = self.dropped = self.entered = False
@@ -207,7 +208,7 @@ class _Forward:
         if why is None:
             result = self.captured(*args)
             leaves = (_pytree.tree_leaves(result), _pytree.tree_leaves(expected))
-            if not _close(*leaves, TOLERANCE[self.precision]):
+            if not _close(*leaves, TOLERANCE[self.settings.precision]):
                 why = "for its captured form gave other results"
         if why is not None:
             self.dropped = True
@@ -225,7 +226,7 @@ class _Forward:
         except Exception as error:  # an operator whose result's shape depends on data, or that has no rule for shapes
             return f"for the shapes in it cannot be followed ({type(error).__name__})"
         try:
-            self.captured, programs = lower(self.captured, precision=self.precision)
+            self.captured, programs = lower(self.captured, settings=self.settings)
         except Untraceable as error:
             return f"for {error}"
         if not any(program.convolutions for program in programs):

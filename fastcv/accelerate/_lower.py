@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from ._modules import has_hooks, kind
-from ._program import Program
+from ._program import DEFAULT, Program, Settings
 from ._steps import CONVOLUTIONS, Listing, Ref, Step
 
 
@@ -129,13 +129,15 @@ def handles(*targets) -> Callable[[Handler], Handler]:
 class Lowering:
     """One graph on its way."""
 
-    def __init__(self, root: fx.GraphModule, parameters: dict[fx.Node, Ref], precision: str, with_indices: bool = True):
+    def __init__(
+        self, root: fx.GraphModule, parameters: dict[fx.Node, Ref], settings: Settings, with_indices: bool = True
+    ):
         self.root, self.modules = root, dict(root.named_modules())
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}  # from old nodes to new ones
         self.segment = Segment()
         self.programs: list[Program] = []
-        self.parameters, self.precision, self.with_indices = parameters, precision, with_indices
+        self.parameters, self.settings, self.with_indices = parameters, settings, with_indices
 
     # ---- for handlers
 
@@ -300,7 +302,7 @@ class Lowering:
             return
         outputs = list(dict.fromkeys((segment.nodes[n].id, segment.nodes[n].rank) for n in exported))
         segment.listing.outputs = outputs
-        program = Program(segment.listing, self.precision)
+        program = Program(segment.listing, self.settings)
         name = f"program_{len(self.programs)}"
         self.programs.append(program)
         self.root.add_submodule(name, program)
@@ -327,7 +329,7 @@ _DROPOUTS = (torch.nn.functional.dropout, torch.nn.functional.dropout2d)
 
 
 def lower(
-    root: fx.GraphModule, parameters: dict[fx.Node, Ref] | None = None, precision: str = "default"
+    root: fx.GraphModule, parameters: dict[fx.Node, Ref] | None = None, settings: Settings = DEFAULT
 ) -> tuple[fx.GraphModule, list[Program]]:
     """A graph of programs and what lies between them. Nodes must have ``meta["shape"]``; ``parameters`` are the
     placeholders that stand for some.
@@ -339,7 +341,7 @@ def lower(
 
     _handlers.add_torchvision()
     for with_indices in (True, False):  # of max pooling, unless they are wanted outside of their programs
-        lowering = Lowering(root, parameters or {}, precision, with_indices)
+        lowering = Lowering(root, parameters or {}, settings, with_indices)
         try:
             return lowering.run(), lowering.programs
         except IndicesNeeded:

@@ -6,6 +6,7 @@ import operator
 import struct
 import weakref
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .._library import LIBRARY
 from ._passes import shorten
 from ._steps import ACTIVATIONS, CONVOLUTIONS, OPS, Listing, Ref, Step
 
-LIBRARY.define("program_load(int[] code, Tensor[] weights, int precision) -> int")
+LIBRARY.define("program_load(int[] code, Tensor[] weights, int precision, bool low_memory) -> int")
 LIBRARY.define("program_run(int handle, Tensor[] inputs) -> Tensor[]")
 LIBRARY.define("program_free(int handle) -> ()")
 LIBRARY.define("program_profile(int handle) -> Tensor")
@@ -26,11 +27,22 @@ _version, _place = operator.attrgetter("_version"), Tensor.data_ptr
 _WITH_ACTIVATION = (*CONVOLUTIONS, "add", "mul", "activate", "affine")
 
 
+class Settings(NamedTuple):
+    """What :func:`fastcv.accelerate` was told."""
+
+    precision: str = "default"  # of PRECISIONS
+    low_memory: bool = False
+
+
+DEFAULT = Settings()
+
+
 class _Loaded:
     """A program in C++ for as long as anybody holds this: a thread may still call one that another replaces."""
 
-    def __init__(self, code: list[int], weights: list[Tensor], precision: str):
-        self.handle = torch.ops.fastcv.program_load(code, weights, PRECISIONS.index(precision))
+    def __init__(self, code: list[int], weights: list[Tensor], settings: Settings):
+        precision = PRECISIONS.index(settings.precision)
+        self.handle = torch.ops.fastcv.program_load(code, weights, precision, settings.low_memory)
         weakref.finalize(self, torch.ops.fastcv.program_free.default, self.handle).atexit = False
 
 
@@ -65,9 +77,9 @@ class _State:
 class Program(nn.Module):
     """Calls a program, which is loaded when first called and again after one of its parameters has changed."""
 
-    def __init__(self, listing: Listing, precision: str = "default"):
+    def __init__(self, listing: Listing, settings: Settings = DEFAULT):
         super().__init__()
-        self.precision = precision
+        self.settings = settings
         self.taken = shorten(listing)
         self.listing = listing
         self.convolutions = sum(step.op in CONVOLUTIONS for step in listing.steps)
@@ -103,7 +115,7 @@ class Program(nn.Module):
                 params = _params(step)
                 code += [OPS.index(step.op), step.output, len(step.inputs), *step.inputs]
                 code += [len(params), *params, len(indices), *indices]
-            return _Loaded(code, weights, self.precision), state
+            return _Loaded(code, weights, self.settings), state
 
     def reload(self) -> None:
         """Plan again at the next call, with other choices of kernels."""

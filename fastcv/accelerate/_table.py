@@ -48,7 +48,8 @@ def program_table(program: Program, *inputs: Tensor) -> str:
 
     The floor of a convolution is its arithmetic or the reading of its weights from memory, whichever takes longer; that
     of other steps is reading and writing their maps once at the speed of memory, and caches are faster. "gemm x14" ran
-    in 14 bands of rows, each followed by the next step's while it was in cache.
+    in 14 bands of rows, each followed by the next step's while it was in cache; "winograd x2" in two pieces: weights
+    were laid out, then used (``low_memory``).
     """
     products, memory = machine_limits(torch.get_num_threads())
     lines = [f"{'step':<18}{'kernel':<14}{'input':<22}{'output':<20}{'us':>9}{'floor':>9}{'GFLOP/s':>9}"]

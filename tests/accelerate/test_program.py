@@ -116,7 +116,7 @@ def test_programs_are_freed():
 
 
 def load(*code, weights=()):
-    return torch.ops.fastcv.program_load(list(code), list(weights), 0)
+    return torch.ops.fastcv.program_load(list(code), list(weights), 0, False)
 
 
 def test_numbers_that_make_no_program():
