@@ -1,6 +1,7 @@
 """python -m fastcv: info, run, detect."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,8 @@ def test_compare(capsys):
     printed = capsys.readouterr().out
     assert "1 program with 54 convolutions" in printed and "largest relative difference" in printed
     assert "conv 3x3/2 g16" in printed
+    assert main(["compare", "resnet18", "--size", "64", "64", "--rounds", "2", "--program", "--low-memory"]) == 0
+    assert re.search(r"winograd\S* x\d", capsys.readouterr().out)
     with pytest.raises(SystemExit, match="expected a name of torchvision's"):
         main(["compare", "resnet9000"])
     with pytest.raises(SystemExit, match="--batch: expected a positive number, got 0"):

@@ -52,7 +52,7 @@ def program_table(program: Program, *inputs: Tensor) -> str:
     were laid out, then used (``low_memory``).
     """
     products, memory = machine_limits(torch.get_num_threads())
-    lines = [f"{'step':<18}{'kernel':<14}{'input':<22}{'output':<20}{'us':>9}{'floor':>9}{'GFLOP/s':>9}"]
+    lines = [f"{'step':<18}{'kernel':<16}{'input':<22}{'output':<20}{'us':>9}{'floor':>9}{'GFLOP/s':>9}"]
     total = bound = 0.0
     for row in program.profile(*inputs).tolist():
         op, kernel, nanoseconds, work, size, n, c, h, w, out_c, out_h, out_w, kh, kw, stride, *_, groups, _, bands = row
@@ -73,6 +73,6 @@ def program_table(program: Program, *inputs: Tensor) -> str:
         chosen += f" x{bands}" if bands > 1 else ""
         rate = f"{2 * work / nanoseconds:.0f}" if work and nanoseconds else ""
         sizes = f"{f'{n}x{c}x{h}x{w}':<22}{f'{n}x{out_c}x{out_h}x{out_w}':<20}"
-        lines.append(f"{name:<18}{chosen:<14}{sizes}{nanoseconds / 1e3:>9.1f}{floor * 1e6:>9.1f}{rate:>9}")
+        lines.append(f"{name:<18}{chosen:<16}{sizes}{nanoseconds / 1e3:>9.1f}{floor * 1e6:>9.1f}{rate:>9}")
     lines.append(f"{'in all':<74}{total:>9.1f}{bound:>9.1f}")
     return "\n".join(lines)

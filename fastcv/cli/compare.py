@@ -20,6 +20,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="images; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each, by turns; default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--low-memory", action="store_true", help="keep no second copy of most weights")
     parser.add_argument("--program", action="store_true", help="print every step with its kernel, floor and time")
     return parser
 
@@ -76,7 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, x = build(arguments.model, arguments.size, arguments.batch)
-    fast = accelerate(model)
+    fast = accelerate(model, low_memory=arguments.low_memory)
     with torch.inference_mode():
         expected = model(x)
         fast(x)
