@@ -6,9 +6,8 @@ torch runs in both memory formats; the ratio is to the faster one, the table has
 import torch
 import torch.nn.functional as F
 
-import fastcv
-from benchmarks.harness import Case, as_test
-from benchmarks.layouts import LAYOUTS, pooling_contenders
+from benchmarks.harness import as_test
+from benchmarks.layouts import pooling_cases
 
 
 def _pyramid(x, levels):
@@ -24,22 +23,6 @@ SHAPES = [  # operator, torch's function, name, size, output
     ("spatial_pyramid_pool", _pyramid, "4, 2, 1 of 16x256x13x13", (16, 256, 13, 13), (4, 2, 1)),
 ]
 
-
-def _case(operator, theirs, name, size, output, *, layout, gradient):
-    what = ", forward and backward" if gradient else ""
-    return Case(
-        operator,
-        f"{name}{what}, {layout}",
-        lambda: (torch.randn(size, generator=torch.Generator().manual_seed(0)), output),
-        pooling_contenders(getattr(fastcv.ops, operator), theirs, layout, gradient),
-    )
-
-
-CASES = [
-    _case(*shape, layout=layout, gradient=gradient)
-    for layout in LAYOUTS
-    for shape in SHAPES
-    for gradient in (False, True)
-]
+CASES = pooling_cases(SHAPES)
 
 test_adaptive_pool2d = as_test(CASES)

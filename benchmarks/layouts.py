@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+import fastcv
+from benchmarks.harness import Case
+
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -50,3 +53,22 @@ def pooling_contenders(ours: Callable, theirs: Callable, layout: str, gradient: 
     return {"fastcv": pooling(ours, layout, gradient)} | {
         f"torch, {other}": pooling(theirs, other, gradient) for other in LAYOUTS
     }
+
+
+def pooling_cases(shapes: list[tuple]) -> list[Case]:
+    """Of ``(operator, torch's function, name, size, *arguments)`` each, in both layouts, with and without gradients."""
+
+    def case(operator, theirs, name, size, *arguments, layout, gradient):
+        return Case(
+            operator,
+            f"{name}{', forward and backward' if gradient else ''}, {layout}",
+            lambda: (torch.randn(size, generator=torch.Generator().manual_seed(0)), *arguments),
+            pooling_contenders(getattr(fastcv.ops, operator), theirs, layout, gradient),
+        )
+
+    return [
+        case(*shape, layout=layout, gradient=gradient)
+        for layout in LAYOUTS
+        for shape in shapes
+        for gradient in (False, True)
+    ]

@@ -53,7 +53,7 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 
-// Integers as wide as A, so that one comparison's mask selects from vectors of both.
+// The integer as wide as A: comparisons of A are made of it, and one comparison's mask selects from vectors of both.
 template <class A>
 struct SameSizeOf {
   using type = int32_t;

@@ -17,12 +17,12 @@ static_assert(kMatrixNmsBlock == kBlock);
 template <class T>
 struct RankedBlocks {
   BoxBlocks<T> boxes;
-  lane_int_t<T>* rank;   // [slots]; beyond n the largest
+  SameSize<T>* rank;   // [slots]; beyond n the largest
   T* overlap;            // [slots] c_i, then what pass 2 makes of it
   int32_t* best_rank;    // [blocks]
 
   RankedBlocks(int64_t n, void* scratch) : boxes(n, scratch) {
-    rank = reinterpret_cast<lane_int_t<T>*>(static_cast<char*>(scratch) + BoxBlocks<T>::bytes(n));
+    rank = reinterpret_cast<SameSize<T>*>(static_cast<char*>(scratch) + BoxBlocks<T>::bytes(n));
     overlap = reinterpret_cast<T*>(rank + boxes.slots);
     best_rank = reinterpret_cast<int32_t*>(overlap + boxes.slots);
   }
@@ -36,13 +36,13 @@ struct RankedBlocks {
   template <class Value>
   T largest(int64_t j, T least, const Value& value) const {
     const Box<T> box{boxes.x1[j], boxes.y1[j], boxes.x2[j], boxes.y2[j], boxes.area[j]};
-    const lane_int_t<T> own_rank = rank[j];
+    const SameSize<T> own_rank = rank[j];
     const Vec<T> zero{};
     Vec<T> most = broadcast(least);
     for (int64_t b = 0; b < boxes.blocks; ++b) {
       if (best_rank[b] >= own_rank || !box.touches(boxes, b)) continue;
       for (int64_t i = b * kBlock; i < boxes.end(b); i += kLanes<T>) {
-        Vec<lane_int_t<T>> others_rank;
+        Vec<SameSize<T>> others_rank;
         memcpy(&others_rank, rank + i, sizeof others_rank);
         const Vec<T> intersection = box.intersection(boxes, i);
         const auto better = (intersection > zero) & (others_rank < own_rank);

@@ -20,24 +20,10 @@ FASTCV_INLINE float round_down(double x, float) {
   return f;
 }
 
-template <class T>
-struct LaneInt;
-template <>
-struct LaneInt<float> {
-  using type = int32_t;
-};
-template <>
-struct LaneInt<double> {
-  using type = int64_t;
-};
-// The integer as wide as T, of which comparisons of T are made.
-template <class T>
-using lane_int_t = typename LaneInt<T>::type;
-
 // 0, 1, 2, ...
 template <class T>
-FASTCV_INLINE Vec<lane_int_t<T>> lane_numbers() {
-  Vec<lane_int_t<T>> numbers{};
+FASTCV_INLINE Vec<SameSize<T>> lane_numbers() {
+  Vec<SameSize<T>> numbers{};
   for (int i = 0; i < kLanes<T>; ++i) numbers[i] = i;
   return numbers;
 }

@@ -126,10 +126,10 @@ StepTask bind_copy(const Plan& plan, const PlannedStep& planned, const Pointers&
 
 BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep& planned, const Pointers& pointers) {
   BoundStep bound{&planned, {}, {}, {}};
-  const Step* step = planned.step < program.steps.size() ? &program.steps[planned.step] : nullptr;
-  if (planned.transient.makes)
-    bound.preparation = {step->weight(program, 0), step->weight(program, 2), pointers.arena + planned.transient.offset};
-  else if (planned.conv || planned.transposed)
+  if (planned.transient.makes) {
+    const Step& step = program.steps[planned.step];
+    bound.preparation = {step.weight(program, 0), step.weight(program, 2), pointers.arena + planned.transient.offset};
+  } else if (planned.conv || planned.transposed)
     bound.conv = bind_conv(program, plan, planned, pointers);
   else if (planned.copy_from >= 0)
     bound.task = bind_copy(plan, planned, pointers);

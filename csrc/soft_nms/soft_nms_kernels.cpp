@@ -84,7 +84,7 @@ class SoftNms {
 
   // Lowers the scores of a block and finds its best one.
   void visit(int64_t block, const Box<T>& chosen) {
-    using Ints = Vec<lane_int_t<T>>;
+    using Ints = Vec<SameSize<T>>;
     const int64_t start = block * kBlock;
     Vec<T> best = broadcast(T(kDead));
     Ints best_lane{}, lane = lane_numbers<T>(), alive{};

@@ -31,7 +31,7 @@ class Clusters {
   // The cluster with which the box has the greatest IoU, the first among equals; -1 where none exceeds the threshold.
   int64_t best_match(const double* box, double iou_threshold) const {
     using V = Vec<double>;
-    using Ints = Vec<lane_int_t<double>>;
+    using Ints = Vec<SameSize<double>>;
     const V zero{}, area = broadcast((box[2] - box[0]) * (box[3] - box[1]));
     V best = broadcast(iou_threshold);
     Ints best_cluster = Ints{} - 1, lane = lane_numbers<double>();
