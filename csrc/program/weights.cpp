@@ -8,11 +8,11 @@
 // bfloat16, and of transposed convolutions.
 //
 // Measured (2 cores of Zen 4; peaks beside model and libraries, kept and made at each run, torch's in brackets; how
-// many times as long it takes): Faster R-CNN 740 and 511 MB (560), 1.03; FCN-ResNet-50 581 and 248 MB (232 to 316), 1.09;
-// U-Net at 512 pixels 753 and 410 MB (503), 1.11; VGG-16 at 224 pixels 280 and 53 MB (85), 1.2; ResNet-18 126 and 38 MB
-// (24), 1.6; ResNet-50 197 and 42 MB (31), 1.6. Parts of 4 MB save 6 MB of ResNet-18's and take half as long again. To
-// make just some weights, as far as that takes 2.5 % of a plan's time, gains too little: Faster R-CNN is then at 577 MB
-// and 4 % slower.
+// many times as long it takes): Faster R-CNN 740 and 511 MB (560), 1.03; FCN-ResNet-50 581 and 248 MB (232 to 316),
+// 1.09; U-Net at 512 pixels 753 and 410 MB (503), 1.11; VGG-16 at 224 pixels 280 and 53 MB (85), 1.2; ResNet-18 126 and
+// 38 MB (24), 1.6; ResNet-50 197 and 42 MB (31), 1.6. Parts of 4 MB save 6 MB of ResNet-18's and take half as long
+// again. To make just some weights, as far as that takes 2.5 % of a plan's time, gains too little: Faster R-CNN is then
+// at 577 MB and 4 % slower.
 #include <algorithm>
 
 #include "run.h"
