@@ -100,10 +100,13 @@ def _fastcv(model, x, name):
     return lambda: _leaves(model(x))
 
 
-def _onnx(model, x) -> str:
-    path = tempfile.mkdtemp() + "/model.onnx"
-    torch.onnx.export(model, (x,), path, dynamo=False, opset_version=17)
-    return path
+@contextlib.contextmanager
+def _onnx(model, x):
+    """The path of the exported model, which is gone after the block: both runtimes have read it by then."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.onnx")
+        torch.onnx.export(model, (x,), path, dynamo=False, opset_version=17)
+        yield path
 
 
 def _array(x):
@@ -117,7 +120,8 @@ def _onnxruntime(model, x, name):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_onnx(model, x), options, providers=["CPUExecutionProvider"])
+    with _onnx(model, x) as path:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: _array(x)}
     return lambda: session.run(None, inputs)
 
@@ -130,7 +134,8 @@ def _openvino(model, x, name):
         "INFERENCE_PRECISION_HINT": "bf16" if name == BACKBONE_BF16 else "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(_onnx(model, x), "CPU", options)
+    with _onnx(model, x) as path:
+        compiled = openvino.Core().compile_model(path, "CPU", options)
     request, array = compiled.create_infer_request(), _array(x)
 
     def call():
