@@ -18,10 +18,13 @@ template <int S, int K, class T>
 void average_rows(const AvgPool<T>& t, int64_t begin, int64_t end) {
   constexpr int L = kLanes<Acc<T>>;
   const PoolGeometry g = t.geometry;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t oy = task % g.y.output;
-    const Plane<T> plane = plane_of(t.input, task / g.y.output);
+  const bool prefetch = exceeds_caches(t.input);
+  RowAt row(begin, t.input.channels, g.y.output);
+  for (int64_t task = begin; task < end; ++task, ++row) {
+    const int64_t oy = row.y;
+    const Plane<T> plane = plane_of(t.input, row);
     const TapRange rows = taps_inside(g.y, oy);
+    if (prefetch) prefetch_windows_below(g, plane, oy);
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
       const int n = int(min_of(L, g.x.output - ox));
       Vec<Acc<T>> sum{};
@@ -39,8 +42,10 @@ void spread_rows(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   const PoolAxis y = t.geometry.y, x = t.geometry.x;
   const int64_t stride = S ? S : x.stride, steps = S ? S : x.phases();
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / y.input, at = task % y.input;
+  RowAt here(begin, t.channels, y.input);
+  for (int64_t task = begin; task < end; ++task, ++here) {
+    const int64_t at = here.y;
+    const T* const grads = t.grad + here.plane() * y.output * x.output;
     T* const row = t.output + task * x.input;
     for (int64_t o = x.padding / stride; o * stride < x.padding + x.input; o += L) {
       Vec<A> phases[S ? S : 1];
@@ -48,7 +53,7 @@ void spread_rows(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
         Vec<A> sum{};
         for (int32_t a = t.above.begin[at]; a < t.above.begin[at + 1]; ++a) {
           const int64_t oy = t.above.list[a].window;
-          const T* const grad = t.grad + (plane * y.output + oy) * x.output;
+          const T* const grad = grads + oy * x.output;
           for (int32_t b = t.beside.begin[r]; b < t.beside.begin[r + 1]; ++b) {
             const int64_t first = o - t.beside.list[b].window;
             const LaneRange lanes = lanes_inside<A>(first, x.output);
@@ -68,6 +73,31 @@ void spread_rows(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
         }
       }
       if constexpr (S != 0) store_phases<S>(phases, row, o * stride - x.padding, x.input, t.stream);
+    }
+  }
+  if (t.stream) stream_end();
+}
+
+// The same for windows of 2 x 2 side by side: each pixel has one.
+template <class T>
+void spread_rows_2x2(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t windows_y = t.geometry.y.output, windows = t.geometry.x.output, width = t.geometry.x.input;
+  RowAt here(begin, t.channels, t.geometry.y.input);
+  for (int64_t task = begin; task < end; ++task, ++here) {
+    T* const row = t.output + task * width;
+    const int64_t oy = here.y / 2;
+    if (oy >= windows_y) {
+      memset(row, 0, size_t(width) * sizeof(T));
+      continue;
+    }
+    const T* const grad = t.grad + (here.plane() * windows_y + oy) * windows;
+    for (int64_t o = 0; 2 * o < width; o += L) {
+      const int n = int(max_of(0, min_of(L, windows - o)));
+      const Vec<A> share = load_some(grad + o, n) * (t.rows[oy] * load_some(t.columns + o, n));
+      const Vec<A> phases[2] = {share, share};
+      store_phases<2>(phases, row, 2 * o, width, t.stream);
     }
   }
   if (t.stream) stream_end();
@@ -111,6 +141,7 @@ void avg_pool2d_channels_last(const AvgPool<T>& t, int64_t begin, int64_t end) {
 
 template <class T>
 void avg_pool2d_backward_contiguous(const AvgPoolBackward<T>& t, int64_t begin, int64_t end) {
+  if (t.geometry.two_by_two()) return spread_rows_2x2(t, begin, end);
   with_strides(t.geometry.x, [&](auto c) { spread_rows<c.stride>(t, begin, end); });
 }
 

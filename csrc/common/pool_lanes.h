@@ -24,8 +24,8 @@ FASTCV_INLINE Vec<Acc<S>> load_lanes(const S* p, int first, int last) {
 }
 #if defined(__AVX512F__)
 FASTCV_INLINE uint32_t lane_mask(int first, int last) { return (1u << last) - (1u << first); }
-FASTCV_INLINE Vec<float> load_lanes(const float* p, int first, int last) {
-  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(lane_mask(first, last)), p);
+FASTCV_INLINE Vec<float> load_lanes(const float* p, int first, int last, Vec<float> others = Vec<float>{}) {
+  return (Vec<float>)_mm512_mask_loadu_ps((__m512)others, __mmask16(lane_mask(first, last)), p);
 }
 #endif
 

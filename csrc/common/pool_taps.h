@@ -52,6 +52,21 @@ FASTCV_INLINE void each_tap_of(const T* window, int64_t row_stride, TapRange row
   }
 }
 
+// Where row `row` of maps of `height` rows lies, counted up: divisions take as long as a short row of pooling.
+struct RowAt {
+  int64_t channels, height, image, channel, y;
+
+  RowAt(int64_t row, int64_t channels_, int64_t height_)
+      : channels(channels_), height(height_), image(row / height / channels), channel(row / height % channels),
+        y(row % height) {}
+  int64_t plane() const { return image * channels + channel; }
+  void operator++() {
+    if (++y < height) return;
+    y = 0;
+    if (++channel == channels) channel = 0, ++image;
+  }
+};
+
 // A plane of a map. All between the tensor's first and last element may be read, rows of other planes too.
 template <class T>
 struct Plane {
@@ -62,10 +77,10 @@ struct Plane {
 };
 
 template <class T>
-FASTCV_INLINE Plane<T> plane_of(const FeatureMap<const T>& m, int64_t plane) {
+FASTCV_INLINE Plane<T> plane_of(const FeatureMap<const T>& m, const RowAt& row) {
   const int64_t size = (m.images - 1) * m.stride_n + (m.channels - 1) * m.stride_c + (m.height - 1) * m.stride_y +
                        (m.width - 1) * m.stride_x + 1;
-  return {m.data, size, plane / m.channels * m.stride_n + plane % m.channels * m.stride_c, m.stride_y};
+  return {m.data, size, row.image * m.stride_n + row.channel * m.stride_c, m.stride_y};
 }
 
 // row[x], row[x + stride], ...; `outside` where that is not in [0, size).
@@ -80,8 +95,8 @@ __attribute__((noinline)) Vec<Acc<T>> load_one_by_one(const T* row, int64_t x, i
 // f(i, j, values) for the taps of n windows ox, ox + 1, ... of one output row, a lane for each; taps left or right of
 // the map hold `outside`. Rows above and below are left out.
 //
-// Where windows stand out of the map, or n is less than a vector, what lies beside the row is read and left out again.
-// Only windows beside which the tensor ends are read one by one.
+// Where windows stand out of the map, or n is less than a vector, what lies beside the row is read and left out again,
+// unless the processor can leave out lanes. Only windows beside which the tensor ends are read one by one.
 template <int S, int K, class T, class F>
 FASTCV_INLINE void each_tap(const PoolGeometry& g, const Plane<T>& plane, TapRange rows, int64_t oy, int64_t ox, int n,
                             Acc<T> outside, const F& f) {
@@ -96,6 +111,17 @@ FASTCV_INLINE void each_tap(const PoolGeometry& g, const Plane<T>& plane, TapRan
     each_tap_of<S, K>(plane.tensor + row + x0, step, rows, x, f);
     return;
   }
+#if defined(__AVX512F__)
+  if constexpr (S == 1 && sizeof(T) == 4) {
+    for (int64_t i = rows.first; i < rows.last; ++i)
+      for (int64_t j = 0; j < (K ? K : x.kernel); ++j) {
+        const int64_t at = x0 + j * (K ? 1 : x.dilation);
+        const LaneRange lanes = lanes_inside<float>(at, x.input);
+        f(i, j, load_lanes(plane.tensor + row + i * step + at, lanes.first, lanes.last, broadcast(outside)));
+      }
+    return;
+  }
+#endif
   const bool side_by_side = readable && reach < kMost && x.input < kMost;
   const Vec<P> lanes = iota<P>() * P(x.stride);
   for (int64_t i = rows.first; i < rows.last; ++i) {
@@ -115,12 +141,19 @@ FASTCV_INLINE void each_tap(const PoolGeometry& g, const Plane<T>& plane, TapRan
   }
 }
 
-// Asks for `rows` rows of n elements that windows two rows of output below will read. Processors foresee one row, not
-// that the next ones take turns.
+// Whether a map is larger than what the second-level caches of a few cores hold.
 template <class T>
-FASTCV_INLINE void prefetch_rows(const T* first, int64_t row_stride, int64_t rows, int64_t n) {
-  for (int64_t i = 0; i < min_of(rows, 4); ++i)
-    for (int64_t at = 0; at < n; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + i * row_stride + at);
+FASTCV_INLINE bool exceeds_caches(const FeatureMap<const T>& m) {
+  return m.images * m.channels * m.height * m.width * int64_t(sizeof(T)) >= int64_t(4) << 20;
+}
+
+// Asks for the rows that the windows two rows of output below will read. Processors foresee one row, not that the next
+// ones take turns: without it 2x2 over 64 x 224 x 224 takes twice the time.
+template <class T>
+FASTCV_INLINE void prefetch_windows_below(const PoolGeometry& g, const Plane<T>& plane, int64_t oy) {
+  const T* const first = plane.tensor + plane.first + g.y.start(oy + 2) * plane.stride_y;
+  for (int64_t i = 0; i < min_of(g.y.stride, 4); ++i)
+    for (int64_t x = 0; x < g.x.input; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + i * plane.stride_y + x);
 }
 
 // f(shape) with what the compiler shall know of the columns: the stride where it is 1 or 2, and for float the kernel of

@@ -13,12 +13,15 @@ struct PoolAxis {
   // Values of (p + padding) % stride; all of 1 or 2 strides, for which kernels have vectors.
   int64_t phases() const { return stride <= 2 || stride < padding + input ? stride : padding + input; }
   bool disjoint() const { return stride >= (kernel - 1) * dilation + 1; }
+  // Windows are pairs of pixels side by side.
+  bool pairs() const { return kernel == 2 && stride == 2 && dilation == 1 && padding == 0 && input >= 2 * output; }
 };
 
 struct PoolGeometry {
   PoolAxis y, x;
 
   bool disjoint() const { return y.disjoint() && x.disjoint(); }
+  bool two_by_two() const { return y.pairs() && x.pairs(); }
 };
 
 // Window o covers a pixel with its tap k.

@@ -48,16 +48,16 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
   const PoolGeometry g = t.geometry;  // a copy: stores cannot change it
   const TapIndices taps = tap_indices(t);
   const Vec<P> lanes = iota<P>() * P(g.x.stride), left = first_columns<P>(g.x, 0) * P(taps.step_x);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t oy = task % g.y.output;
-    const Plane<T> plane = plane_of(t.input, task / g.y.output);
+  const bool prefetch = exceeds_caches(t.input);
+  RowAt row(begin, t.input.channels, g.y.output);
+  for (int64_t task = begin; task < end; ++task, ++row) {
+    const int64_t oy = row.y;
+    const Plane<T> plane = plane_of(t.input, row);
     const TapRange rows = taps_inside(g.y, oy);
+    if (prefetch) prefetch_windows_below(g, plane, oy);
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
       const int n = int(min_of(L, g.x.output - ox));
       const int64_t x0 = g.x.start(ox), at = task * g.x.output + ox;
-      if (t.stream)
-        prefetch_rows(plane.tensor + plane.first + (g.y.start(oy) + 2 * g.y.stride) * plane.stride_y + x0,
-                      plane.stride_y, g.y.stride, L * g.x.stride);
       // All of a window may be -infinity: its first pixel is the maximum then.
       Vec<Acc<T>> best = broadcast(kLowest<T>);
       Vec<P> index{};
@@ -67,9 +67,13 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
       }
       each_tap<S, K>(g, plane, rows, oy, ox, n, kLowest<T>,
                      [&](int64_t i, int64_t j, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA {
-                       const auto better = takes_over(value, best);
-                       best = better ? value : best;
-                       if constexpr (Indices) index = better ? Vec<P>{} + P(i * taps.step_y + j * taps.step_x) : index;
+                       if constexpr (Indices) {
+                         const auto better = takes_over(value, best);
+                         best = better ? value : best;
+                         index = better ? Vec<P>{} + P(i * taps.step_y + j * taps.step_x) : index;
+                       } else {
+                         best = greater_of(value, best);
+                       }
                      });
       store_part(t.output + at, best, n, t.stream);
       if constexpr (Indices) {
@@ -112,9 +116,13 @@ void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
             const Vec<P> here = Vec<P>{} + P(base + i * taps.step_y + j * taps.step_x);
             for (int v = 0; v < V; ++v) {
               const Vec<Acc<T>> value = load_some(tap + v * L, n);
-              const auto better = takes_over(value, best[v]);
-              best[v] = better ? value : best[v];
-              if constexpr (Indices) index[v] = better ? here : index[v];
+              if constexpr (Indices) {
+                const auto better = takes_over(value, best[v]);
+                best[v] = better ? value : best[v];
+                index[v] = better ? here : index[v];
+              } else {
+                best[v] = greater_of(value, best[v]);
+              }
             }
           }
         for (int v = 0; v < V; ++v) {

@@ -58,8 +58,9 @@ int64_t unpool_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
   const Vec<P> lanes = iota<P>() * P(stride);
   const auto sum = Vec<P>{} < P(t.sum);
   int64_t found = 0;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / y.input, at = task % y.input;
+  RowAt here(begin, t.channels, y.input);
+  for (int64_t task = begin; task < end; ++task, ++here) {
+    const int64_t plane = here.plane(), at = here.y;
     T* const row = t.to + task * width;
     Vec<P> row_found{};
     for (int64_t o = padding / stride; o * stride < padding + width; o += L) {
@@ -106,8 +107,9 @@ int64_t unpool_rows_2x2(const MaxUnpool<T>& t, const I* indices, int64_t begin, 
   const int64_t height = y.input, width = x.input, windows = x.output;
   const Vec<P> lanes = iota<P>() * 2;
   int64_t found = 0;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / height, at = task % height;
+  RowAt here(begin, t.channels, height);
+  for (int64_t task = begin; task < end; ++task, ++here) {
+    const int64_t plane = here.plane(), at = here.y;
     if (at / 2 >= y.output) {
       memset(t.to + task * width, 0, size_t(width) * sizeof(T));
       continue;
@@ -129,14 +131,6 @@ int64_t unpool_rows_2x2(const MaxUnpool<T>& t, const I* indices, int64_t begin, 
   }
   if (t.stream) stream_end();
   return found;
-}
-
-template <class T>
-bool two_by_two(const MaxUnpool<T>& t) {
-  const auto fits = [](const PoolAxis& a) {
-    return a.kernel == 2 && a.stride == 2 && a.dilation == 1 && a.padding == 0 && a.input >= 2 * a.output;
-  };
-  return fits(t.geometry.y) && fits(t.geometry.x);
 }
 
 template <class I, class T>
@@ -187,9 +181,10 @@ int64_t gather_rows(const MaxUnpool<T>& t, const I* indices, int64_t begin, int6
   const int64_t width = g.x.input, pixels = g.y.input * width;
   const Vec<P> lanes = iota<P>() * P(g.x.stride);
   int64_t found = 0;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / g.y.output, oy = task % g.y.output;
-    const Plane<T> map{t.from, t.images * t.channels * pixels, plane * pixels, width};
+  RowAt row(begin, t.channels, g.y.output);
+  for (int64_t task = begin; task < end; ++task, ++row) {
+    const int64_t oy = row.y;
+    const Plane<T> map{t.from, t.images * t.channels * pixels, row.plane() * pixels, width};
     const TapRange rows = taps_inside(g.y, oy);
     Vec<P> row_found{};
     for (int64_t ox = 0; ox < g.x.output; ox += L) {
@@ -278,7 +273,8 @@ FASTCV_INLINE void each_index(const MaxUnpool<T>& t, int64_t from, int64_t step,
 
 template <class T>
 int64_t max_unpool2d_contiguous(const MaxUnpool<T>& t, int64_t begin, int64_t end) {
-  if (two_by_two(t)) return t.flat ? unpool_rows_2x2(t, t.flat, begin, end) : unpool_rows_2x2(t, t.compact, begin, end);
+  if (t.geometry.two_by_two())
+    return t.flat ? unpool_rows_2x2(t, t.flat, begin, end) : unpool_rows_2x2(t, t.compact, begin, end);
   return with_strides(t.geometry.x, [&](auto columns) {
     constexpr int S = columns.stride;
     return t.flat ? unpool_rows<S>(t, t.flat, begin, end) : unpool_rows<S>(t, t.compact, begin, end);

@@ -75,13 +75,13 @@ void step_max_pool(const StepTask& t, int64_t begin, int64_t end) {
               if (y < 0 || y >= t.in.h || x < 0 || x >= t.in.w) continue;
               const float* tap = pixel(t.a, image, y, x);
               const Vec<float> value = load_some(tap + c, n);
-              most = takes_over(value, most) ? value : most;
+              most = greater_of(value, most);
               if (count < 64) taps[count++] = tap;
             }
         } else {
           for (int i = 0; i < count; ++i) {
             const Vec<float> value = load_some(taps[i] + c, n);
-            most = takes_over(value, most) ? value : most;
+            most = greater_of(value, most);
           }
         }
         store_some(out + c, most, n);
