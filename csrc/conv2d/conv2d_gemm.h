@@ -13,8 +13,8 @@
 //
 // Panels of great depth (3x3 with 512 channels: 1.2 MB) would be read from beyond the second-level cache for every
 // tile. The depth is cut into chunks, and sums wait between them in scratch memory: rows of the kernel, or channels of
-// 1x1, where the input of more pixels fits the cache for it (a linear layer of 12544 channels). The last tile of a
-// panel fetches the next panel meanwhile.
+// 1x1, where the input of more pixels fits the cache for it (a linear layer of 12544 channels). The last tiles
+// of a panel fetch the next panel meanwhile.
 //
 // 1x1 convolutions read their input where it lies. For others the input of a block is first copied, channels of the
 // group side by side, with zeros where the kernel reaches over the border. Then a row of the kernel is one run of KW *
@@ -43,7 +43,8 @@ struct Tile {
   int64_t run_y, run_x;    // from one to the next
   int64_t run{};             // elements of one
   const float* weight{};     // of the panel
-  int64_t ahead{};           // depth from these weights to those that come next; 0: they are not fetched
+  const float* next{};       // weights to be fetched meanwhile
+  int lines{};               // of them for each step of the depth
   float* partial{};          // sums of the first pixel from one chunk to the next, kPanel to a pixel; null: one chunk
   bool first{true}, final{true};  // chunk
   bool fetch{false};         // the next pixels' input, which nobody has read before
@@ -73,13 +74,12 @@ void run_tile(const Tile& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum[r][v] = t.first ? bias : load(t.partial + r * kPanel + v * L);
   }
-  const float* weight = t.weight;
-  const float* input_y = t.input;
+  const float *weight = t.weight, *next = t.next, *input_y = t.input;
   for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
     const float* input = input_y;
-    if (t.ahead)
-      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
-        weight = accumulate<true, kPairs>(sum, input, t.step, t.run, weight, weight + t.ahead * NV * L, NV * L / 16);
+    if (t.lines)
+      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x, next += t.run * t.lines * 16)
+        weight = accumulate<true, kPairs>(sum, input, t.step, t.run, weight, next, t.lines);
     else
       for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
         weight = accumulate<false, kPairs>(sum, input, t.step, t.run, weight);
@@ -198,12 +198,15 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
   }
 }
 
-// A row of output pixels, cut evenly into tiles, for one panel; the last tile fetches what comes next.
+// A row of output pixels, cut evenly into tiles, for one panel; the last ones fetch the weights at t.next, if any. One
+// line for each step is what memory has time for; where there are few tiles it must be more.
 void run_row(Tile t, int64_t pixels, int vectors) {
-  const int64_t most = tile_rows(vectors), tiles = ceil_div(pixels, most), ahead = t.ahead;
+  const int64_t most = tile_rows(vectors), tiles = ceil_div(pixels, most), all = ceil_div(vectors * L, 16);
+  const int64_t lines = t.next ? ceil_div(all, tiles) : 0, fetching = t.next ? ceil_div(all, lines) : 0;
   for (int64_t i = 0, x = 0; i < tiles; ++i) {
     const int64_t rows = (pixels - x) / (tiles - i);
-    t.ahead = i + 1 == tiles ? ahead : 0;
+    if (t.lines) t.next += t.lines * t.runs_y * t.runs_x * t.run * 16;
+    t.lines = i >= tiles - fetching ? int(lines) : 0;
     if (t.fetch && i + 1 < tiles)
       for (int64_t r = rows; r < 2 * rows; ++r)
         for (int64_t k = 0; k < t.run; k += 16) __builtin_prefetch(t.input + r * t.step + k);
@@ -223,13 +226,15 @@ struct Rows {
   int64_t image, group, panel;
   int64_t begin = 0;  // of the chunk, in the depth
 
-  void run(Tile t, int64_t y, int64_t x, int64_t count) const {
+  // fetch: the next panel's weights, meanwhile.
+  void run(Tile t, int64_t y, int64_t x, int64_t count, bool fetch) const {
     const Conv2dShape& s = conv.shape;
     const int64_t channel = group * s.group_outputs() + panel * kPanel;
     const int64_t columns = min_of(kPanel, s.group_outputs() - panel * kPanel), vectors = ceil_div(columns, L);
     t.conv = &conv;
     t.weight =
         conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel) + begin * vectors * L;
+    if (fetch) t.next = t.weight + plan.depth * vectors * L;
     t.bias = conv.bias ? conv.bias + channel : nullptr;
     t.last = int(columns - (vectors - 1) * L);
     t.output =
@@ -254,7 +259,6 @@ void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int6
                const float* strip) {
   const Conv2dShape& s = conv.shape;
   float* const partial = t.partial;
-  const int64_t ahead = t.ahead;
   const bool whole = (!p.in_place || one_row(conv.input, s.width)) && one_row(conv.output, s.out_width) &&
                      one_row(conv.residual, s.out_width);
   if (p.flat && !whole) {
@@ -262,8 +266,7 @@ void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int6
       const int64_t y = at / s.out_width, x = at % s.out_width, count = min_of(end - at, s.out_width - x);
       t.input = p.in_place ? strip + y * conv.input.stride_y + x * conv.input.stride_x : strip + (at - x0) * t.step;
       if (partial) t.partial = partial + (at - x0) * kPanel;
-      t.ahead = at + count == end ? ahead : 0;
-      rows.run(t, y, x, count);
+      rows.run(t, y, x, count, at + count == end);
       at += count;
     }
     return;
@@ -273,8 +276,7 @@ void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int6
   for (int64_t y = y0; y < end; ++y) {
     t.input = p.in_place ? strip + x0 * t.step : strip + (y - y0) * s.stride_h * p.strip_w * words(s);
     if (partial) t.partial = partial + (y - y0) * p.block_w * kPanel;
-    t.ahead = y + 1 == end ? ahead : 0;
-    rows.run(t, y, x0, count);
+    rows.run(t, y, x0, count, y + 1 == end);
   }
 }
 
@@ -292,7 +294,6 @@ void run_panels(const Conv2d& conv, const Plan& p, Rows rows, int64_t last, int6
   t.runs_y = p.flat ? 1 : to - from, t.runs_x = whole_rows ? 1 : s.kernel_w;
   t.run_y = s.dilation_h * p.strip_w * channels, t.run_x = s.dilation_w * channels;
   t.run = p.flat ? to - from : whole_rows ? s.kernel_w * channels : channels;
-  t.ahead = p.depth;
   rows.begin = p.flat ? from : from * s.kernel_w * channels;
   strip += p.flat ? from : from * t.run_y;
   const int64_t first = rows.panel;

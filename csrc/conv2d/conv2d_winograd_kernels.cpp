@@ -188,17 +188,37 @@ void transform_back(const Conv2d& conv, const Plan& p, int64_t image, int64_t ti
 // number.
 constexpr int64_t kChunk = 128;
 
-// M of R tiles for one element and panel; meanwhile fetches what lies at `next`, so many lines for each channel.
+// The next element's U, fetched while this one's is multiplied. Evenly: what memory has no time for is waited for. And
+// without divisions, which a product of few channels would feel.
+class Fetch {
+ public:
+  Fetch(const float* next, float lines_a_step) : next_(next), rate_(lines_a_step) {}
+
+  // Where to go on, and how many lines to fetch in each of the next `depth` steps.
+  const float* next(int64_t depth, int* lines) {
+    const float* const from = next_ + 16 * fetched_;
+    done_ += depth;
+    for (*lines = 0; fetched_ < int64_t(rate_ * float(done_)); ++*lines) fetched_ += depth;
+    return from;
+  }
+
+ private:
+  const float* next_;
+  float rate_;
+  int64_t done_ = 0, fetched_ = 0;
+};
+
+// M of R tiles for one element and panel.
 template <int R, int NV>
 void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, float* m, int64_t m_step,
-              const float* next, int lines) {
+              Fetch& fetch) {
   for (int64_t c = 0; c < channels; c += kChunk) {
     Vec<float> sum[R][NV] = {};
     const int64_t depth = min_of(kChunk, channels - c);
-    if (lines)
-      u = accumulate<true>(sum, v + c, v_step, depth, u, next + c * lines * 16, lines);
-    else
-      u = accumulate<false>(sum, v + c, v_step, depth, u);
+    int lines;
+    const float* const next = fetch.next(depth, &lines);
+    u = lines ? accumulate<true>(sum, v + c, v_step, depth, u, next, lines)
+              : accumulate<false>(sum, v + c, v_step, depth, u);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -211,25 +231,21 @@ void multiply(const float* v, int64_t v_step, int64_t channels, const float* u, 
 
 template <int R, int NV>
 void multiply_rows(int64_t rows, const float* v, int64_t v_step, int64_t channels, const float* u, float* m,
-                   int64_t m_step, const float* next, int lines) {
+                   int64_t m_step, Fetch& fetch) {
   if constexpr (R > 1)
-    if (rows < R) return multiply_rows<R - 1, NV>(rows, v, v_step, channels, u, m, m_step, next, lines);
-  multiply<R, NV>(v, v_step, channels, u, m, m_step, next, lines);
+    if (rows < R) return multiply_rows<R - 1, NV>(rows, v, v_step, channels, u, m, m_step, fetch);
+  multiply<R, NV>(v, v_step, channels, u, m, m_step, fetch);
 }
 
 template <int NV>
 void multiply_block(int64_t tiles, const float* v, int64_t v_step, int64_t channels, const float* u, float* m,
                     int64_t m_step) {
-  constexpr int most = tile_rows(NV), kLines = NV * L / 16;  // of U for each channel
+  constexpr int most = tile_rows(NV);
   const int64_t calls = ceil_div(tiles, most);
-  // The next element's U is spread over the calls: all at once would wait for memory.
-  const int each = int(ceil_div(kLines, calls));
-  const float* next = u + channels * NV * L;
-  for (int64_t i = 0, t = 0, left = kLines; i < calls; ++i) {
+  Fetch fetch(u + channels * NV * L, float(NV * L) / float(16 * calls));
+  for (int64_t i = 0, t = 0; i < calls; ++i) {
     const int64_t rows = (tiles - t) / (calls - i);
-    const int lines = int(min_of(each, left));
-    multiply_rows<most, NV>(rows, v + t * v_step, v_step, channels, u, m + t * m_step, m_step, next, lines);
-    next += lines * channels * 16, left -= lines;
+    multiply_rows<most, NV>(rows, v + t * v_step, v_step, channels, u, m + t * m_step, m_step, fetch);
     t += rows;
   }
 }
