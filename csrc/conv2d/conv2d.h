@@ -50,6 +50,7 @@ struct Conv2d {
   Activation activation;
   float slope;  // of leaky_relu
   const float *input_scale, *input_shift;  // [channels], where shape.input_norm
+  bool stream;  // the output is larger than the caches, and nobody reads it at once: gemm writes past them
 };
 
 }  // namespace fastcv

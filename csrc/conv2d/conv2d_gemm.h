@@ -59,10 +59,11 @@ struct Tile {
 // Loops over sums are unrolled, or they would live in memory before and after the long loop.
 template <int R, int NV>
 void run_tile(const Tile& t) {
+  const bool stream = t.conv->stream;
   if (t.final)  // lines to be written, and the residual's: from memory while the sums are made
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < NV; ++v) {
-        __builtin_prefetch(t.output + r * t.output_step + v * L, 1, 3);
+        if (!stream) __builtin_prefetch(t.output + r * t.output_step + v * L, 1, 3);
         if (t.residual) __builtin_prefetch(t.residual + r * t.residual_step + v * L, 0, 3);
       }
   Vec<float> sum[R][NV];
@@ -107,7 +108,8 @@ void run_tile(const Tile& t) {
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       if (residual) sum[r][v] += load(residual + v * L);
-      store(output + v * L, min(high, max(low, sum[r][v])));
+      const Vec<float> y = min(high, max(low, sum[r][v]));
+      stream ? store_streaming(output + v * L, y) : store(output + v * L, y);
     }
   }
 }
@@ -386,6 +388,7 @@ void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk)
       run_panels(conv, p, Rows{conv, p, image, group, panel}, last, chunk, y0, x0, strip, scratch + strip_size(s, p));
   }
+  if (conv.stream) stream_end();
 }
 
 }  // namespace
