@@ -140,6 +140,17 @@ def test_same_for_any_number_of_threads(shape):
     conv_cases.check_same_for_any_number_of_threads(conv2d, case(shape))
 
 
+@pytest.mark.parametrize("outputs", [64, 72])
+def test_outputs_larger_than_the_caches(outputs):
+    """They are written past them: the same bits as in pieces that fit."""
+    images = torch.randn(2, 8, 200, 330).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(outputs, 8, 1, 1), torch.randn(outputs)
+    whole = conv2d(images, weight, bias, activation="relu")
+    assert whole.nbytes >= 1 << 25
+    pieces = [conv2d(image[None], weight, bias, activation="relu") for image in images]
+    assert torch.equal(whole, torch.cat(pieces))
+
+
 def test_changed_weights_are_noticed():
     conv_cases.check_changed_weights_are_noticed(conv2d, case(SHAPES[6]))
 
