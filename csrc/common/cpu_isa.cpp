@@ -5,6 +5,11 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastcv {
 
 const char* cpu_isa_name(CpuIsa isa) {
@@ -43,6 +48,20 @@ CpuIsa cpu_isa() {
 bool bf16_products() {
 #if defined(FASTCV_X86)
   return cpu_isa() == CpuIsa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool amx_products() {
+#if defined(FASTCV_X86) && defined(__linux__)
+  static const bool allowed = [] {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; a feature of xsave
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return bf16_products() && allowed;
 #else
   return false;
 #endif

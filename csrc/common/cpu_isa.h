@@ -15,6 +15,8 @@ const char* cpu_isa_name(CpuIsa isa);
 bool cpu_isa_available(CpuIsa isa);
 // Whether it multiplies pairs of bfloat16 numbers (AVX512-BF16): twice as fast as float32 with that, slower without.
 bool bf16_products();
+// Whether it multiplies tiles of them (AMX), and the system lets this process do so: eight times as fast.
+bool amx_products();
 
 }  // namespace fastcv
 

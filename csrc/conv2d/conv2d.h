@@ -69,6 +69,9 @@ FASTCV_EACH_ISA(
     FASTCV_CONV2D_KERNEL(conv2d_gemm)
     // The same with operands rounded to bfloat16.
     FASTCV_CONV2D_KERNEL(conv2d_bf16)
+    // And in the processor's tiles (AMX).
+    bool conv2d_amx_serves(const Conv2dShape& shape);
+    FASTCV_CONV2D_KERNEL(conv2d_amx)
     // 3x3, stride 1, one group, dilation 1 or as large as the padding: 36 products instead of 144 (Lavin and Gray, CVPR
     // 2016). Also other kernels of up to 3 elements along each axis, without dilation.
     FASTCV_CONV2D_KERNEL(conv2d_winograd)

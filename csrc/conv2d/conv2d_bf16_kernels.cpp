@@ -5,10 +5,11 @@
 
 namespace fastcv::FASTCV_ISA {
 namespace {
-constexpr bool kPairs = true;
+constexpr bool kPairs = true, kTiles = false;
 }
 }  // namespace fastcv::FASTCV_ISA
 
+#include "conv2d_gemm_row.h"
 #include "conv2d_gemm.h"
 
 namespace fastcv::FASTCV_ISA {

@@ -21,8 +21,9 @@
 // C numbers (so that a first layer with 3 channels has long runs too), and no loop needs a test for the border.
 //
 // The depth is counted in words of 32 bits: a word is one float32, or (kPairs) two channels in bfloat16, which one
-// instruction multiplies with two and adds to a float32 sum. This is included by conv2d_gemm_kernels.cpp and by
-// conv2d_bf16_kernels.cpp, which say which.
+// instruction multiplies with two and adds to a float32 sum. This is included by conv2d_gemm_kernels.cpp,
+// conv2d_bf16_kernels.cpp and conv2d_amx_kernels.cpp (kTiles), which say which; before it they include what sums a row
+// of pixels, in vector registers (conv2d_gemm_row.h) or in tiles (conv2d_amx_row.h).
 #pragma once
 
 #include "../common/channel_block.h"
@@ -30,105 +31,6 @@
 
 namespace fastcv::FASTCV_ISA {
 namespace {
-
-// ---- a tile ---------------------------------------------------------------------------------------------------------
-
-struct Tile {
-  explicit Tile(Activation activation) : bounds(activation) {}
-
-  const Conv2d* conv{};
-  const float* input{};      // of the first pixel
-  int64_t step{};            // to the next pixel's
-  int64_t runs_y, runs_x;  // runs of the depth: rows of the kernel, or its elements
-  int64_t run_y, run_x;    // from one to the next
-  int64_t run{};             // elements of one
-  const float* weight{};     // of the panel
-  const float* next{};       // weights to be fetched meanwhile
-  int lines{};               // of them for each step of the depth
-  float* partial{};          // sums of the first pixel from one chunk to the next, kPanel to a pixel; null: one chunk
-  bool first{true}, final{true};  // chunk
-  bool fetch{false};         // the next pixels' input, which nobody has read before
-  const float* bias{};       // of the panel's first channel, or null
-  const float* residual{};   // of the first pixel and channel, or null
-  float* output{};
-  int64_t residual_step, output_step;
-  int last;  // lanes of the last vector
-  Bounds bounds;
-};
-
-// Loops over sums are unrolled, or they would live in memory before and after the long loop.
-template <int R, int NV>
-void run_tile(const Tile& t) {
-  const bool stream = t.conv->stream;
-  if (t.final)  // lines to be written, and the residual's: from memory while the sums are made
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < NV; ++v) {
-        if (!stream) __builtin_prefetch(t.output + r * t.output_step + v * L, 1, 3);
-        if (t.residual) __builtin_prefetch(t.residual + r * t.residual_step + v * L, 0, 3);
-      }
-  Vec<float> sum[R][NV];
-#pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) {
-    const Vec<float> bias = !t.bias || !t.first          ? Vec<float>{}
-                           : v + 1 < NV || t.last == L ? load(t.bias + v * L)
-                                                       : load_first(t.bias + v * L, t.last);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[r][v] = t.first ? bias : load(t.partial + r * kPanel + v * L);
-  }
-  const float *weight = t.weight, *next = t.next, *input_y = t.input;
-  for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
-    const float* input = input_y;
-    if (t.lines)
-      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x, next += t.run * t.lines * 16)
-        weight = accumulate<true, kPairs>(sum, input, t.step, t.run, weight, next, t.lines);
-    else
-      for (int64_t j = 0; j < t.runs_x; ++j, input += t.run_x)
-        weight = accumulate<false, kPairs>(sum, input, t.step, t.run, weight);
-  }
-  if (!t.final) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) store(t.partial + r * kPanel + v * L, sum[r][v]);
-    return;
-  }
-  if (!t.bounds.exact || t.last != L) {
-    float sums[R * NV * L];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) store(sums + (r * NV + v) * L, sum[r][v]);
-    return finish_tile(*t.conv, sums, R, NV, (NV - 1) * L + t.last, t.residual, t.output);
-  }
-  const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const float* residual = t.residual ? t.residual + r * t.residual_step : nullptr;
-    float* output = t.output + r * t.output_step;
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) {
-      if (residual) sum[r][v] += load(residual + v * L);
-      const Vec<float> y = min(high, max(low, sum[r][v]));
-      stream ? store_streaming(output + v * L, y) : store(output + v * L, y);
-    }
-  }
-}
-
-template <int R, int NV>
-void run_rows(int rows, const Tile& t) {
-  if constexpr (R > 1)
-    if (rows < R) return run_rows<R - 1, NV>(rows, t);
-  run_tile<R, NV>(t);
-}
-
-void run_vectors(int vectors, int rows, const Tile& t) {
-  switch (vectors) {
-    case 1: return run_rows<tile_rows(1), 1>(rows, t);
-    case 2: return run_rows<tile_rows(2), 2>(rows, t);
-    case 3: return run_rows<tile_rows(3), kPanelVectors == 4 ? 3 : 1>(rows, t);
-    default: return run_rows<tile_rows(4), kPanelVectors == 4 ? 4 : 1>(rows, t);
-  }
-}
 
 // ---- a task ---------------------------------------------------------------------------------------------------------
 
@@ -197,27 +99,6 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
         copy_pixel(conv, from + (left + x) * conv.input.stride_x, group, row + x * channels);
     }
     memset(row + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));
-  }
-}
-
-// A row of output pixels, cut evenly into tiles, for one panel; the last ones fetch the weights at t.next, if any. One
-// line for each step is what memory has time for; where there are few tiles it must be more.
-void run_row(Tile t, int64_t pixels, int vectors) {
-  const int64_t most = tile_rows(vectors), tiles = ceil_div(pixels, most), all = ceil_div(vectors * L, 16);
-  const int64_t lines = t.next ? ceil_div(all, tiles) : 0, fetching = t.next ? ceil_div(all, lines) : 0;
-  for (int64_t i = 0, x = 0; i < tiles; ++i) {
-    const int64_t rows = (pixels - x) / (tiles - i);
-    if (t.lines) t.next += t.lines * t.runs_y * t.runs_x * t.run * 16;
-    t.lines = i >= tiles - fetching ? int(lines) : 0;
-    if (t.fetch && i + 1 < tiles)
-      for (int64_t r = rows; r < 2 * rows; ++r)
-        for (int64_t k = 0; k < t.run; k += 16) __builtin_prefetch(t.input + r * t.step + k);
-    run_vectors(vectors, int(rows), t);
-    if (t.partial) t.partial += rows * kPanel;
-    t.input += rows * t.step;
-    t.output += rows * t.output_step;
-    if (t.residual) t.residual += rows * t.residual_step;
-    x += rows;
   }
 }
 
@@ -362,12 +243,13 @@ int64_t count_tasks(const Conv2dShape& s) {
 }
 
 int64_t strip_size(const Conv2dShape& s, const Plan& p) {
-  return p.in_place ? 0 : ceil_div(p.strip_h * p.strip_w * words(s), L) * L;
+  const int64_t after = kTiles ? 32 * s.stride_w : 0;  // pixels that are read, and not used
+  return p.in_place ? 0 : ceil_div((p.strip_h * p.strip_w + after) * words(s), L) * L;
 }
 
 int64_t scratch_size(const Conv2dShape& s) {
   const Plan p = make_plan(s);
-  return strip_size(s, p) + (p.chunks > 1 ? p.group_panels * p.block_h * p.block_w * kPanel : 0);
+  return strip_size(s, p) + (p.chunks > 1 ? (p.group_panels * p.block_h * p.block_w + (kTiles ? 32 : 0)) * kPanel : 0);
 }
 
 void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {

@@ -3,10 +3,11 @@
 
 namespace fastcv::FASTCV_ISA {
 namespace {
-constexpr bool kPairs = false;
+constexpr bool kPairs = false, kTiles = false;
 }
 }  // namespace fastcv::FASTCV_ISA
 
+#include "conv2d_gemm_row.h"
 #include "conv2d_gemm.h"
 
 namespace fastcv::FASTCV_ISA {

@@ -10,8 +10,10 @@ namespace {
 
 constexpr int L = kLanes<float>;
 constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
-constexpr int64_t kLargeBlock = 128 * 1024;    // where weights (of 2 MB and more) are read for each: 512 KB
-constexpr int64_t kMostPixels = 192, kEnoughTasks = 8;  // for each thread
+constexpr int64_t kLargeBlock = 128 * 1024;    // where heavy weights are read for each: 512 KB
+constexpr int64_t kHeavy = 512 * 1024;         // weights that the second-level cache does not hold: 2 MB
+constexpr int64_t kMostPixels = 192;
+constexpr int64_t kEnoughTasks = 8, kFewTasks = 4;  // for each thread; where weights are heavy
 constexpr int64_t kTallPixels = 576, kTallColumns = 144;  // where kernels overlap: rows of input are copied fewer times
 constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel that is not cut: 384 KB
 // Where the pixels' channels are cut: how deep, and panels of a task.
@@ -41,14 +43,14 @@ Plan make_plan(const Conv2dShape& s) {
   p.in_place = p.flat && s.stride_h == 1 && s.stride_w == 1 && !s.input_norm && !kPairs;
   const int64_t rows = p.flat ? 1 : s.out_height, columns = p.flat ? s.out_height * s.out_width : s.out_width;
   // Input elements for each output pixel, about.
-  p.chunks = p.flat           ? (p.depth > kChunkDepth ? ceil_div(p.depth, kFlatChunk) : 1)
+  p.chunks = p.flat           ? (p.depth > kChunkDepth && !kTiles ? ceil_div(p.depth, kFlatChunk) : 1)
              : s.kernel_h > 1 ? min_of(s.kernel_h, ceil_div(p.depth, kChunkDepth))
                               : 1;
   const int64_t resident = p.in_place ? ceil_div(channels, p.chunks) : channels;
   const int64_t reach = resident * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
-  const int64_t elements = p.depth * s.group_outputs() < 512 * 1024 ? kBlockElements : kLargeBlock;
-  const bool tall = !p.flat && s.stride_h < s.kernel_h;
-  const int64_t fits = elements / max_of(1, reach), pixels = max_of(12, min_of(tall ? kTallPixels : kMostPixels, fits));
+  const bool heavy = p.depth * s.group_outputs() >= kHeavy, tall = !p.flat && s.stride_h < s.kernel_h;
+  const int64_t fits = (heavy ? kLargeBlock : kBlockElements) / max_of(1, reach);
+  int64_t pixels = max_of(12, min_of(tall ? kTallPixels : kMostPixels, fits));
   p.panels = ceil_div(s.group_outputs(), kPanel);
   p.blocks_x = ceil_div(columns, tall ? min_of(pixels, kTallColumns) : pixels);
   // As much work for every thread: 17 blocks would leave one of two waiting for half a block.
@@ -57,11 +59,15 @@ Plan make_plan(const Conv2dShape& s) {
     p.blocks_x = min_of(ceil_div(p.blocks_x, s.threads) * s.threads, columns);
   p.block_w = ceil_div(columns, p.blocks_x);
   p.blocks_x = ceil_div(columns, p.block_w);
-  p.block_h = max_of(1, min_of(tall ? s.images * rows * p.blocks_x / (kEnoughTasks * s.threads) : rows,
-                               min_of(rows, pixels / p.block_w)));
+  // Few rows to a block are work for all threads; but heavy weights are read for each block, so there tasks are panels.
+  const int64_t tasks = (heavy ? kFewTasks : kEnoughTasks) * s.threads;
+  const int64_t shares = s.images * rows * p.blocks_x * (heavy ? p.panels : 1);
+  if (tall) pixels = min_of(pixels, max_of(1, shares / tasks) * p.block_w);
+  p.block_h = max_of(1, min_of(rows, pixels / p.block_w));
   p.blocks_y = ceil_div(rows, p.block_h);
+  p.block_h = ceil_div(rows, p.blocks_y);
   const int64_t blocks = s.images * s.groups * p.blocks_y * p.blocks_x;
-  p.panel_groups = min_of(p.panels, ceil_div(kEnoughTasks * s.threads, max_of(1, blocks)));
+  p.panel_groups = min_of(p.panels, ceil_div(tasks, max_of(1, blocks)));
   p.group_panels = ceil_div(p.panels, p.panel_groups);
   if (p.block_h * p.block_w <= tile_rows(kPanelVectors)) p.chunks = 1;  // weights are read once anyway
   if (p.chunks > 1) p.group_panels = min_of(p.group_panels, kChunkedPanels);
@@ -70,6 +76,30 @@ Plan make_plan(const Conv2dShape& s) {
   p.strip_w = p.flat ? p.block_w : (p.block_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
   return p;
 }
+
+// A row of output pixels of a panel, and the part of the depth that is summed.
+struct Tile {
+  explicit Tile(Activation activation) : bounds(activation) {}
+
+  const Conv2d* conv{};
+  const float* input{};      // of the first pixel
+  int64_t step{};            // to the next pixel's
+  int64_t runs_y, runs_x;  // runs of the depth: rows of the kernel, or its elements
+  int64_t run_y, run_x;    // from one to the next
+  int64_t run{};             // elements of one
+  const float* weight{};     // of the panel
+  const float* next{};       // weights to be fetched meanwhile
+  int lines{};               // of them for each step of the depth
+  float* partial{};          // sums of the first pixel from one chunk to the next, kPanel to a pixel; null: one chunk
+  bool first{true}, final{true};  // chunk
+  bool fetch{false};         // the next pixels' input, which nobody has read before
+  const float* bias{};       // of the panel's first channel, or null
+  const float* residual{};   // of the first pixel and channel, or null
+  float* output{};
+  int64_t residual_step, output_step;
+  int last;  // lanes of the last vector
+  Bounds bounds;
+};
 
 }  // namespace
 }  // namespace fastcv::FASTCV_ISA

@@ -40,6 +40,11 @@ bool is_winograd_to_3(const Conv2dShape& s) {
                                !s.input_norm && s.channels >= 32 && s.out_channels >= 32);
 }
 
+// Elsewhere than on AVX-512, where they are there or not, tiles are emulated.
+bool is_amx(const Conv2dShape& s) {
+  return (amx_products() || cpu_isa() != CpuIsa::avx512) && FASTCV_PICK(conv2d_amx_serves)(s);
+}
+
 bool is_depthwise(const Conv2dShape& s) { return s.groups == s.channels && s.groups == s.out_channels; }
 
 double round_up(int64_t channels) { return double((channels + 15) / 16 * 16); }
@@ -76,6 +81,7 @@ const std::vector<Conv2dKernel>& kernels() {
       FASTCV_KERNEL(8, winograd_6x6, is_winograd<3>),
       FASTCV_KERNEL(9, winograd_5x5, is_winograd<5>),
       FASTCV_KERNEL(10, winograd_5x5_4x4, is_winograd<5>),
+      FASTCV_KERNEL(12, amx, is_amx),
       FASTCV_KERNEL(7, bf16, [](const Conv2dShape&) { return true; }),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
@@ -127,7 +133,7 @@ static const Conv2dKernel* cheapest(const Conv2dShape& shape, bool with_winograd
   const Conv2dKernel* best = nullptr;
   double least = 0;
   for (const Conv2dKernel& kernel : kernels()) {
-    if (kernel.number == 7 || !kernel.serves(shape)) continue;  // bfloat16 only where it is asked for
+    if (kernel.number == 7 || kernel.number == 12 || !kernel.serves(shape)) continue;  // bfloat16 only where it is asked for
     const WinogradTile* tile = winograd_tile(kernel);
     if (!tile) return best ? best : &kernel;
     if (!with_winograd || (tile->fast && !fast) || (tile->patch == 5 && !is_small(shape))) continue;
@@ -136,6 +142,18 @@ static const Conv2dKernel* cheapest(const Conv2dShape& shape, bool with_winograd
     if (cost < limit) best = &kernel, least = cost;
   }
   return best;
+}
+
+// Instead of a kernel that rounds nothing, where that is slower. Tiles of the processor beat Winograd's fewer products.
+// Those of pairs only where its tiles are small, with more weights to be read than there are products; and where pixels
+// have few channels, rounding them takes as long as it saves.
+static const Conv2dKernel* rounding(const Conv2dKernel& exact, const Conv2dShape& shape) {
+  const Conv2dKernel* found = nullptr;
+  if (amx_products())
+    found = exact.number == 0 || winograd_tile(exact) ? conv2d_kernel("amx", shape) : nullptr;
+  else if (bf16_products() && (exact.number == 0 || exact.number == 5) && shape.group_channels() >= 16)
+    found = conv2d_kernel("bf16", shape);
+  return found ? found : &exact;
 }
 
 const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& shape, Precision precision) {
@@ -150,12 +168,7 @@ const Conv2dKernel* conv2d_kernel(const std::string& name, const Conv2dShape& sh
   if (tile && tile->fast) return kernel;  // measured choices know nothing of these
   if (const Conv2dKernel* measured = chosen(shape))
     if (precision != Precision::highest || !winograd_tile(*measured)) kernel = measured;
-  // Winograd's products are fewer than bfloat16's are faster, but for small tiles, whose weights are to be read.
-  // Where pixels have few channels, rounding them takes as long as it saves.
-  if (precision == Precision::bfloat16 && kernel && (kernel->number == 0 || kernel->number == 5) && bf16_products() &&
-      shape.group_channels() >= 16)
-    return conv2d_kernel("bf16", shape);
-  return kernel;
+  return precision == Precision::bfloat16 && kernel ? rounding(*kernel, shape) : kernel;
 }
 
 const Conv2dKernel* conv2d_kernel(int64_t number, const Conv2dShape& shape) {

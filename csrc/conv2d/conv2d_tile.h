@@ -1,7 +1,7 @@
 // The inner loop of matrix products: a tile of sums in registers.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/tiles.h"
 
 namespace fastcv::FASTCV_ISA {
 
@@ -12,21 +12,6 @@ constexpr int kPanel = kPanelVectors * kLanes<float>;
 constexpr int tile_rows(int vectors) {
   if (kVectorBytes == 64) return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
   return vectors == 2 ? 6 : 12;
-}
-
-// sum + x * y for lanes of two bfloat16 numbers each.
-FASTCV_INLINE Vec<float> add_pairs(Vec<float> x, Vec<float> y, Vec<float> sum) {
-#if defined(__AVX512BF16__)
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-#else
-  Vec<uint32_t> a, b;
-  memcpy(&a, &x, sizeof a);
-  memcpy(&b, &y, sizeof b);
-  const Vec<uint32_t> parts[4] = {a << 16, b << 16, a & 0xffff0000u, b & 0xffff0000u};
-  Vec<float> f[4];
-  memcpy(f, parts, sizeof f);
-  return fma(f[2], f[3], fma(f[0], f[1], sum));
-#endif
 }
 
 // sum[r][v] += input[r * step + k] * weight[k][v] over k < depth; returns the end of the weights. Fetch: meanwhile

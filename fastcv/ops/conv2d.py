@@ -31,7 +31,7 @@ from ._vmap import register_image_vmap
 
 KERNELS = (
     *("gemm", "winograd", "depthwise", "grouped", "torch", "winograd_2x2", "gemv", "bf16"),
-    *("winograd_6x6", "winograd_5x5", "winograd_5x5_4x4", "winograd_3x3"),
+    *("winograd_6x6", "winograd_5x5", "winograd_5x5_4x4", "winograd_3x3", "amx"),
 )
 
 _GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
