@@ -18,12 +18,12 @@ int64_t tile_words(int64_t run) {
 
 // R * 16 pixels by V vectors of the panel, to sums [pixel][V * L].
 template <int R, int V>
-void multiply_block(Tiles& tiles, const Tile& t, int64_t words, const float* bias, int64_t panel_step, float* sums) {
+void multiply_block(Tiles& tiles, const Tile& t, int64_t words, const float* bias, float* sums) {
   if (!t.first) {
-    tiles.load<0>(t.partial, kPanel);
-    if constexpr (V == 2) tiles.load<1>(t.partial + L, kPanel);
-    if constexpr (R == 2) tiles.load<2>(t.partial + kTileRows * kPanel, kPanel);
-    if constexpr (R == 2 && V == 2) tiles.load<3>(t.partial + kTileRows * kPanel + L, kPanel);
+    tiles.load<0>(t.partial, kColumns);
+    if constexpr (V == 2) tiles.load<1>(t.partial + L, kColumns);
+    if constexpr (R == 2) tiles.load<2>(t.partial + kTileRows * kColumns, kColumns);
+    if constexpr (R == 2 && V == 2) tiles.load<3>(t.partial + kTileRows * kColumns + L, kColumns);
   } else {  // every row is the bias
     tiles.load<0>(bias, 0);
     if constexpr (V == 2) tiles.load<1>(bias + L, 0);
@@ -34,9 +34,9 @@ void multiply_block(Tiles& tiles, const Tile& t, int64_t words, const float* bia
   for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
     const float* input_x = input_y;
     for (int64_t j = 0; j < t.runs_x; ++j, input_x += t.run_x)
-      for (int64_t k = 0; k < t.run; k += words, weight += words * panel_step) {
-        tiles.load<6>(weight, panel_step);
-        if constexpr (V == 2) tiles.load<7>(weight + L, panel_step);
+      for (int64_t k = 0; k < t.run; k += words, weight += words * V * L) {
+        tiles.load<6>(weight, V * L);
+        if constexpr (V == 2) tiles.load<7>(weight + L, V * L);
         tiles.load<4>(input_x + k, t.step);
         tiles.multiply<0, 4, 6>();
         if constexpr (V == 2) tiles.multiply<1, 4, 7>();
@@ -58,7 +58,7 @@ template <int V>
 void finish_block(const Tile& t, float* sums, int rows, int n) {
   if (!t.final) {
     for (int r = 0; r < rows; ++r)
-      for (int v = 0; v < V; ++v) store(t.partial + r * kPanel + v * L, load(sums + (r * V + v) * L));
+      for (int v = 0; v < V; ++v) store(t.partial + r * kColumns + v * L, load(sums + (r * V + v) * L));
     return;
   }
   if (!t.bounds.exact || n != V * L) return finish_tile(*t.conv, sums, rows, V, n, t.residual, t.output);
@@ -74,7 +74,7 @@ void finish_block(const Tile& t, float* sums, int rows, int n) {
 }
 
 template <int V>
-void run_block(Tiles& tiles, const Tile& t, int rows, int n, int64_t words, const float* bias, int64_t panel_step) {
+void run_block(Tiles& tiles, const Tile& t, int rows, int n, int64_t words, const float* bias) {
   if (t.final)  // lines to be written, and the residual's: from memory while the sums are made
     for (int r = 0; r < rows; ++r)
       for (int v = 0; v < V; ++v) {
@@ -83,34 +83,26 @@ void run_block(Tiles& tiles, const Tile& t, int rows, int n, int64_t words, cons
       }
   alignas(64) float sums[kBlockRows * V * L];
   if (rows > kTileRows)
-    multiply_block<2, V>(tiles, t, words, bias, panel_step, sums);
+    multiply_block<2, V>(tiles, t, words, bias, sums);
   else
-    multiply_block<1, V>(tiles, t, words, bias, panel_step, sums);
+    multiply_block<1, V>(tiles, t, words, bias, sums);
   finish_block<V>(t, sums, rows, n);
 }
 
 // A row of output pixels for one panel. Blocks are whole: what they read after the last pixel is in scratch, and their
 // sums of it are left.
-void run_row(const Tile& row, int64_t pixels, int vectors) {
-  const int64_t words = tile_words(row.run);
+void run_row(Tile t, int64_t pixels, int vectors) {
+  const int64_t words = tile_words(t.run);
+  const int n = (vectors - 1) * L + t.last;
   Tiles tiles(words);
-  alignas(64) float bias[kPanel] = {};
-  if (row.bias) memcpy(bias, row.bias, size_t((vectors - 1) * L + row.last) * sizeof(float));
-  for (int v = 0; v < vectors; v += 2) {
-    Tile t = row;
-    t.weight += v * L, t.output += v * L;
-    if (t.residual) t.residual += v * L;
-    if (t.partial) t.partial += v * L;
-    for (int64_t x = 0; x < pixels; x += kBlockRows) {
-      const int rows = int(min_of(kBlockRows, pixels - x));
-      if (v + 1 < vectors)
-        run_block<2>(tiles, t, rows, v + 2 < vectors ? 2 * L : L + row.last, words, bias + v * L, vectors * L);
-      else
-        run_block<1>(tiles, t, rows, row.last, words, bias + v * L, vectors * L);
-      t.input += kBlockRows * t.step, t.output += kBlockRows * t.output_step;
-      if (t.residual) t.residual += kBlockRows * t.residual_step;
-      if (t.partial) t.partial += kBlockRows * kPanel;
-    }
+  alignas(64) float bias[kColumns] = {};
+  if (t.bias) memcpy(bias, t.bias, size_t(n) * sizeof(float));
+  for (int64_t x = 0; x < pixels; x += kBlockRows) {
+    const int rows = int(min_of(kBlockRows, pixels - x));
+    vectors == 2 ? run_block<2>(tiles, t, rows, n, words, bias) : run_block<1>(tiles, t, rows, n, words, bias);
+    t.input += kBlockRows * t.step, t.output += kBlockRows * t.output_step;
+    if (t.residual) t.residual += kBlockRows * t.residual_step;
+    if (t.partial) t.partial += kBlockRows * kColumns;
   }
 }
 

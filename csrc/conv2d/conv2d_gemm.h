@@ -44,7 +44,10 @@ FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
 #else
     store(pairs, x);
 #endif
-    memcpy(to, pairs, n == L ? sizeof pairs : size_t((n + 1) / 2) * 4);
+    if (n == L)
+      memcpy(to, pairs, sizeof pairs);
+    else
+      memcpy(to, pairs, size_t((n + 1) / 2) * 4);
   } else if (n == L) {
     store(to, x);
   } else {
@@ -56,12 +59,16 @@ FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
 FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t group, float* to) {
   const int64_t channels = conv.shape.group_channels();
   const float *scale = conv.input_scale + group * channels, *shift = conv.input_shift + group * channels;
-  for (int64_t i = 0; i < channels; i += L) {
-    const int n = int(min_of(L, channels - i));
-    Vec<float> x = n == L ? load(from + i) : load_first(from + i, n);
+  int64_t i = 0;
+  if (conv.shape.input_norm)
+    for (; i + L <= channels; i += L)
+      store_words(max(Vec<float>{}, fma(load(from + i), load(scale + i), load(shift + i))), L, to + (kPairs ? i / 2 : i));
+  else
+    for (; i + L <= channels; i += L) store_words(load(from + i), L, to + (kPairs ? i / 2 : i));
+  if (const int n = int(channels - i)) {
+    Vec<float> x = load_first(from + i, n);
     if (conv.shape.input_norm)
-      x = max(Vec<float>{}, n == L ? fma(x, load(scale + i), load(shift + i))
-                                   : fma(x, load_first(scale + i, n), load_first(shift + i, n)));
+      x = max(Vec<float>{}, fma(x, load_first(scale + i, n), load_first(shift + i, n)));
     store_words(x, n, to + (kPairs ? i / 2 : i));
   }
 }
@@ -112,11 +119,11 @@ struct Rows {
   // fetch: the next panel's weights, meanwhile.
   void run(Tile t, int64_t y, int64_t x, int64_t count, bool fetch) const {
     const Conv2dShape& s = conv.shape;
-    const int64_t channel = group * s.group_outputs() + panel * kPanel;
-    const int64_t columns = min_of(kPanel, s.group_outputs() - panel * kPanel), vectors = ceil_div(columns, L);
+    const int64_t channel = group * s.group_outputs() + panel * kColumns;
+    const int64_t columns = min_of(kColumns, s.group_outputs() - panel * kColumns), vectors = ceil_div(columns, L);
     t.conv = &conv;
     t.weight =
-        conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kPanel) + begin * vectors * L;
+        conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kColumns) + begin * vectors * L;
     if (fetch) t.next = t.weight + plan.depth * vectors * L;
     t.bias = conv.bias ? conv.bias + channel : nullptr;
     t.last = int(columns - (vectors - 1) * L);
@@ -148,7 +155,7 @@ void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int6
     for (int64_t at = x0, end = min_of(x0 + p.block_w, s.out_height * s.out_width); at < end;) {
       const int64_t y = at / s.out_width, x = at % s.out_width, count = min_of(end - at, s.out_width - x);
       t.input = p.in_place ? strip + y * conv.input.stride_y + x * conv.input.stride_x : strip + (at - x0) * t.step;
-      if (partial) t.partial = partial + (at - x0) * kPanel;
+      if (partial) t.partial = partial + (at - x0) * kColumns;
       rows.run(t, y, x, count, at + count == end);
       at += count;
     }
@@ -158,7 +165,7 @@ void run_chunk(const Conv2d& conv, const Plan& p, const Rows& rows, Tile t, int6
   const int64_t end = min_of(y0 + p.block_h, height), count = min_of(p.block_w, width - x0);
   for (int64_t y = y0; y < end; ++y) {
     t.input = p.in_place ? strip + x0 * t.step : strip + (y - y0) * s.stride_h * p.strip_w * words(s);
-    if (partial) t.partial = partial + (y - y0) * p.block_w * kPanel;
+    if (partial) t.partial = partial + (y - y0) * p.block_w * kColumns;
     rows.run(t, y, x0, count, y + 1 == end);
   }
 }
@@ -180,7 +187,7 @@ void run_panels(const Conv2d& conv, const Plan& p, Rows rows, int64_t last, int6
   rows.begin = p.flat ? from : from * s.kernel_w * channels;
   strip += p.flat ? from : from * t.run_y;
   const int64_t first = rows.panel;
-  for (; rows.panel < last; ++rows.panel, partial += p.block_h * p.block_w * kPanel) {
+  for (; rows.panel < last; ++rows.panel, partial += p.block_h * p.block_w * kColumns) {
     t.partial = p.chunks > 1 ? partial : nullptr;
     t.fetch = p.in_place && rows.panel == first;
     run_chunk(conv, p, rows, t, y0, x0, strip);
@@ -225,8 +232,8 @@ void prepare_pairs(const float* filters, const float* scale, int64_t channels, i
 void prepare_weights(const Conv2dShape& s, const float* weight, const float* scale, float* prepared) {
   const int64_t channels = s.group_channels(), taps = s.kernel_h * s.kernel_w, rows = taps * words(s);
   for (int64_t g = 0; g < s.groups; ++g)
-    for (int64_t n0 = 0; n0 < s.group_outputs(); n0 += kPanel) {
-      const int64_t columns = min_of(kPanel, s.group_outputs() - n0), step = ceil_div(columns, L) * L;
+    for (int64_t n0 = 0; n0 < s.group_outputs(); n0 += kColumns) {
+      const int64_t columns = min_of(kColumns, s.group_outputs() - n0), step = ceil_div(columns, L) * L;
       for (int64_t n = 0; n < columns; n += L) {
         const int64_t k = g * s.group_outputs() + n0 + n;
         const auto prepare = kPairs ? prepare_pairs : prepare_columns;
@@ -249,7 +256,7 @@ int64_t strip_size(const Conv2dShape& s, const Plan& p) {
 
 int64_t scratch_size(const Conv2dShape& s) {
   const Plan p = make_plan(s);
-  return strip_size(s, p) + (p.chunks > 1 ? (p.group_panels * p.block_h * p.block_w + (kTiles ? 32 : 0)) * kPanel : 0);
+  return strip_size(s, p) + (p.chunks > 1 ? (p.group_panels * p.block_h * p.block_w + (kTiles ? 32 : 0)) * kColumns : 0);
 }
 
 void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {

@@ -9,6 +9,7 @@ namespace fastcv::FASTCV_ISA {
 namespace {
 
 constexpr int L = kLanes<float>;
+constexpr int64_t kColumns = kTiles ? 2 * L : kPanel;  // outputs of a panel
 constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
 constexpr int64_t kLargeBlock = 128 * 1024;    // where heavy weights are read for each: 512 KB
 constexpr int64_t kHeavy = 512 * 1024;         // weights that the second-level cache does not hold: 2 MB
@@ -51,7 +52,7 @@ Plan make_plan(const Conv2dShape& s) {
   const bool heavy = p.depth * s.group_outputs() >= kHeavy, tall = !p.flat && s.stride_h < s.kernel_h;
   const int64_t fits = (heavy ? kLargeBlock : kBlockElements) / max_of(1, reach);
   int64_t pixels = max_of(12, min_of(tall ? kTallPixels : kMostPixels, fits));
-  p.panels = ceil_div(s.group_outputs(), kPanel);
+  p.panels = ceil_div(s.group_outputs(), kColumns);
   p.blocks_x = ceil_div(columns, tall ? min_of(pixels, kTallColumns) : pixels);
   // As much work for every thread: 17 blocks would leave one of two waiting for half a block.
   const bool few = p.flat && s.images * s.groups * p.blocks_x < kEnoughTasks * 2 * s.threads;
@@ -90,7 +91,7 @@ struct Tile {
   const float* weight{};     // of the panel
   const float* next{};       // weights to be fetched meanwhile
   int lines{};               // of them for each step of the depth
-  float* partial{};          // sums of the first pixel from one chunk to the next, kPanel to a pixel; null: one chunk
+  float* partial{};          // sums of the first pixel from one chunk to the next, kColumns to a pixel; null: one chunk
   bool first{true}, final{true};  // chunk
   bool fetch{false};         // the next pixels' input, which nobody has read before
   const float* bias{};       // of the panel's first channel, or null

@@ -23,7 +23,7 @@ void run_tile(const Tile& t) {
                            : v + 1 < NV || t.last == L ? load(t.bias + v * L)
                                                        : load_first(t.bias + v * L, t.last);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[r][v] = t.first ? bias : load(t.partial + r * kPanel + v * L);
+    for (int r = 0; r < R; ++r) sum[r][v] = t.first ? bias : load(t.partial + r * kColumns + v * L);
   }
   const float *weight = t.weight, *next = t.next, *input_y = t.input;
   for (int64_t i = 0; i < t.runs_y; ++i, input_y += t.run_y) {
@@ -39,7 +39,7 @@ void run_tile(const Tile& t) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) store(t.partial + r * kPanel + v * L, sum[r][v]);
+      for (int v = 0; v < NV; ++v) store(t.partial + r * kColumns + v * L, sum[r][v]);
     return;
   }
   if (!t.bounds.exact || t.last != L) {
@@ -93,7 +93,7 @@ void run_row(Tile t, int64_t pixels, int vectors) {
       for (int64_t r = rows; r < 2 * rows; ++r)
         for (int64_t k = 0; k < t.run; k += 16) __builtin_prefetch(t.input + r * t.step + k);
     run_vectors(vectors, int(rows), t);
-    if (t.partial) t.partial += rows * kPanel;
+    if (t.partial) t.partial += rows * kColumns;
     t.input += rows * t.step;
     t.output += rows * t.output_step;
     if (t.residual) t.residual += rows * t.residual_step;
