@@ -44,10 +44,7 @@ FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
 #else
     store(pairs, x);
 #endif
-    if (n == L)
-      memcpy(to, pairs, sizeof pairs);
-    else
-      memcpy(to, pairs, size_t((n + 1) / 2) * 4);
+    memcpy(to, pairs, sizeof pairs);  // whole: what follows is written later, or room for it
   } else if (n == L) {
     store(to, x);
   } else {
@@ -251,7 +248,7 @@ int64_t count_tasks(const Conv2dShape& s) {
 
 int64_t strip_size(const Conv2dShape& s, const Plan& p) {
   const int64_t after = kTiles ? 32 * s.stride_w : 0;  // pixels that are read, and not used
-  return p.in_place ? 0 : ceil_div((p.strip_h * p.strip_w + after) * words(s), L) * L;
+  return p.in_place ? 0 : ceil_div((p.strip_h * p.strip_w + after) * words(s), L) * L + (kPairs ? L : 0);
 }
 
 int64_t scratch_size(const Conv2dShape& s) {

@@ -16,7 +16,7 @@ constexpr int64_t kHeavy = 512 * 1024;         // weights that the second-level 
 constexpr int64_t kMostPixels = 192;
 constexpr int64_t kEnoughTasks = 8, kFewTasks = 4;  // for each thread; where weights are heavy
 constexpr int64_t kTallPixels = 576, kTallColumns = 144;  // where kernels overlap: rows of input are copied fewer times
-constexpr int64_t kChunkDepth = 1536 * 16 / L;  // of a panel that is not cut: 384 KB
+constexpr int64_t kChunkDepth = (kTiles ? 2 : 1) * 1536 * 16 / L;  // of a panel that is not cut: 384 KB
 // Where the pixels' channels are cut: how deep, and panels of a task.
 constexpr int64_t kFlatChunk = 512, kChunkedPanels = 4;
 
