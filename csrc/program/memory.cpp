@@ -33,6 +33,7 @@ class Placement {
   struct Node {
     int64_t parent = -1, channel = 0;  // where it lies in the parent
     bool has_children = false, is_output = false;
+    bool in_place = false;  // all of its parent, which nobody reads once this is written
     int64_t born = -1, last_use = -1;  // steps; -1: before the first
   };
   struct Seat {
@@ -113,7 +114,7 @@ class Placement {
       const auto& inputs = program_.steps[i].inputs;
       if (i != step && std::count(inputs.begin(), inputs.end(), value)) return false;
     }
-    return node.parent < 0 && !node.has_children && !is_input(value) && !node.is_output &&
+    return (node.parent < 0 || node.in_place) && !node.has_children && !is_input(value) && !node.is_output &&
            node.last_use == int64_t(span.last);
   }
 
@@ -129,7 +130,7 @@ class Placement {
       if (!conv && !elementwise) continue;
       const int64_t value = step.inputs[conv ? 1 : 0];
       if (may_take(value, i) && plan_.extents[size_t(value)] == plan_.extents[size_t(step.output)])
-        put(step.output, value, 0);
+        put(step.output, value, 0), nodes_[size_t(step.output)].in_place = true;
     }
   }
 
