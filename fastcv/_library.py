@@ -114,7 +114,8 @@ def build_info() -> dict:
 
     Returns:
         dict with ``torch`` (version), ``libraries`` (name -> ``"loaded"`` or the reason why not), ``cpu_isa`` (the
-        instruction set in use, None without the compiled part), ``available_isas``, ``compiler``, ``threads``,
+        instruction set in use, None without the compiled part), ``available_isas``, ``bfloat16_products`` (``"amx"``,
+        ``"avx512_bf16"`` or ``"none"``: what the processor has for them), ``compiler``, ``threads``,
         ``operators`` (name -> {"cpu": ..., "cuda": ...}, each ``"compiled"``, ``"reference"`` or ``"none"``) and
         ``patched`` (package -> what of it :func:`fastcv.patch` has re-pointed).
 
@@ -130,6 +131,7 @@ def build_info() -> dict:
         "libraries": {stem: _load_errors.get(stem, "loaded") for stem in ("_C_cpu", "_C_cuda", "_host")},
         "cpu_isa": host.cpu_isa() if host and cpu_loaded else None,
         "available_isas": host.available_isas() if host else [],
+        "bfloat16_products": host.bfloat16_products() if host else "none",
         "compiler": host.compiler() if host else None,
         "threads": torch.get_num_threads(),
         "operators": {

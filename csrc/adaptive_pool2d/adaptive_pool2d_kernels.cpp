@@ -70,9 +70,7 @@ FASTCV_INLINE void maximum_of(const S* map, int64_t stride_y, int64_t stride_x, 
     for (int64_t x = b.x0; x < b.x1; ++x)
       for (int v = 0; v < V; ++v) {
         const Vec<Acc<S>> value = load_some(map + y * stride_y + x * stride_x + v * L, n);
-        const auto better = takes_over(value, best[v]);
-        best[v] = better ? value : best[v];
-        index[v] = better ? Vec<P>{} + P(y * width + x) : index[v];
+        take_greater(value, Vec<P>{} + P(y * width + x), best[v], index[v]);
       }
 }
 
@@ -124,9 +122,7 @@ FASTCV_INLINE void maximum_of_rows(const RowsHeld<T>& rows, const Bin& b, int64_
   for (int64_t y = y0; y < y1; ++y)
     for (int64_t x = b.x0; x < b.x1; ++x) {
       const Vec<A> value = load(rows.of(y) + x * L);
-      const auto better = takes_over(value, best);
-      best = better ? value : best;
-      index = better ? Vec<P>{} + P(y * rows.width + x) : index;
+      take_greater(value, Vec<P>{} + P(y * rows.width + x), best, index);
     }
   store(maximum, best);
   store(at, (Vec<A>)index);

@@ -54,7 +54,7 @@ Tensor avg_pool2d_cpu(const Tensor& input_any, int64_t kernel_h, int64_t kernel_
                           mutable_data<T>(output),
                           counts.rows.data(),
                           counts.columns.data(),
-                          output.numel() * int64_t(sizeof(T)) >= kPoolStreamBytes};
+                          exceeds_caches<T>(output)};
     if (format == MemoryFormat::ChannelsLast)
       parallel_for(images * g.y.output, pool_grain(g.x.output * channels), [&](int64_t begin, int64_t end) {
         FASTCV_PICK(avg_pool2d_channels_last<T>)(task, begin, end);
@@ -98,7 +98,7 @@ Tensor avg_pool2d_backward_cpu(const Tensor& grad_any, int64_t height, int64_t w
                                   counts.columns.data(),
                                   above.view(),
                                   beside.view(),
-                                  output.numel() * int64_t(sizeof(T)) >= kPoolStreamBytes};
+                                  exceeds_caches<T>(output)};
     if (channels_last)
       parallel_for(images * height, pool_grain(width * channels), [&](int64_t begin, int64_t end) {
         FASTCV_PICK(avg_pool2d_backward_channels_last<T>)(task, begin, end);

@@ -18,7 +18,7 @@ template <int S, int K, class T>
 void average_rows(const AvgPool<T>& t, int64_t begin, int64_t end) {
   constexpr int L = kLanes<Acc<T>>;
   const PoolGeometry g = t.geometry;
-  const bool prefetch = exceeds_caches(t.input);
+  const bool prefetch = is_far(t.input);
   RowAt row(begin, t.input.channels, g.y.output);
   for (int64_t task = begin; task < end; ++task, ++row) {
     const int64_t oy = row.y;

@@ -143,7 +143,7 @@ FASTCV_INLINE void each_tap(const PoolGeometry& g, const Plane<T>& plane, TapRan
 
 // Whether a map is larger than what the second-level caches of a few cores hold.
 template <class T>
-FASTCV_INLINE bool exceeds_caches(const FeatureMap<const T>& m) {
+FASTCV_INLINE bool is_far(const FeatureMap<const T>& m) {
   return m.images * m.channels * m.height * m.width * int64_t(sizeof(T)) >= int64_t(4) << 20;
 }
 

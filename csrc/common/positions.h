@@ -35,4 +35,12 @@ FASTCV_INLINE V greater_of(V value, V greatest) {
 #endif
 }
 
+// The same with where it was found.
+template <class V, class P>
+FASTCV_INLINE void take_greater(V value, P here, V& greatest, P& where) {
+  const auto better = takes_over(value, greatest);
+  greatest = better ? value : greatest;
+  where = better ? here : where;
+}
+
 }  // namespace fastcv::FASTCV_ISA

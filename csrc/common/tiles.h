@@ -86,7 +86,8 @@ class Tiles {
     if constexpr (T == 4 || T == 5)
       for (int m = 0; m < kTileRows; ++m) memcpy(a_[T - 4][m], from + m * stride, size_t(words_) * sizeof(float));
     else
-      for (int m = 0; m < (T > 5 ? int(words_) : kTileRows); ++m) rows_[T][m] = fastcv::FASTCV_ISA::load(from + m * stride);
+      for (int m = 0; m < (T > 5 ? int(words_) : kTileRows); ++m)
+        rows_[T][m] = fastcv::FASTCV_ISA::load(from + m * stride);
   }
   template <int T>
   void store(float* to, int64_t stride) {

@@ -115,7 +115,7 @@ Tensor run_conv2d(const Conv2dKernel& kernel, Conv2d& conv, const Tensor& input_
   Tensor output = empty_cpu({shape.images, shape.out_channels, shape.out_height, shape.out_width}, ScalarType::Float,
                             MemoryFormat::ChannelsLast);
   conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
-  conv.stream = exceeds_caches(output);
+  conv.stream = exceeds_caches<float>(output);
   if (output.numel() > 0)
     run_tasks(shape, kernel.tasks(shape), kernel.scratch(shape),
               [&](int64_t begin, int64_t end, float* scratch) { kernel.run(conv, begin, end, scratch); });

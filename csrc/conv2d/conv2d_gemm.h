@@ -56,17 +56,18 @@ FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
 FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t group, float* to) {
   const int64_t channels = conv.shape.group_channels();
   const float *scale = conv.input_scale + group * channels, *shift = conv.input_shift + group * channels;
+  constexpr int64_t step = kPairs ? L / 2 : L;
   int64_t i = 0;
-  if (conv.shape.input_norm)
-    for (; i + L <= channels; i += L)
-      store_words(max(Vec<float>{}, fma(load(from + i), load(scale + i), load(shift + i))), L, to + (kPairs ? i / 2 : i));
-  else
-    for (; i + L <= channels; i += L) store_words(load(from + i), L, to + (kPairs ? i / 2 : i));
+  for (; i + L <= channels; i += L, to += step) {
+    Vec<float> x = load(from + i);
+    if (conv.shape.input_norm) x = max(Vec<float>{}, fma(x, load(scale + i), load(shift + i)));
+    store_words(x, L, to);
+  }
   if (const int n = int(channels - i)) {
     Vec<float> x = load_first(from + i, n);
     if (conv.shape.input_norm)
       x = max(Vec<float>{}, fma(x, load_first(scale + i, n), load_first(shift + i, n)));
-    store_words(x, n, to + (kPairs ? i / 2 : i));
+    store_words(x, n, to);
   }
 }
 
@@ -120,7 +121,8 @@ struct Rows {
     const int64_t columns = min_of(kColumns, s.group_outputs() - panel * kColumns), vectors = ceil_div(columns, L);
     t.conv = &conv;
     t.weight =
-        conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kColumns) + begin * vectors * L;
+        conv.weight + plan.depth * (group * ceil_div(s.group_outputs(), L) * L + panel * kColumns) +
+        begin * vectors * L;
     if (fetch) t.next = t.weight + plan.depth * vectors * L;
     t.bias = conv.bias ? conv.bias + channel : nullptr;
     t.last = int(columns - (vectors - 1) * L);
@@ -253,7 +255,8 @@ int64_t strip_size(const Conv2dShape& s, const Plan& p) {
 
 int64_t scratch_size(const Conv2dShape& s) {
   const Plan p = make_plan(s);
-  return strip_size(s, p) + (p.chunks > 1 ? (p.group_panels * p.block_h * p.block_w + (kTiles ? 32 : 0)) * kColumns : 0);
+  const int64_t sums = p.group_panels * p.block_h * p.block_w + (kTiles ? 32 : 0);
+  return strip_size(s, p) + (p.chunks > 1 ? sums * kColumns : 0);
 }
 
 void run_tasks(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) {

@@ -63,6 +63,8 @@ const WinogradTile* winograd_tile(const Conv2dKernel& kernel) {
   return nullptr;
 }
 
+bool rounds(const Conv2dKernel& kernel) { return kernel.number == 7 || kernel.number == 12; }
+
 // In products of one pair of channels.
 double direct_cost(const Conv2dShape& s) {
   const double elements = double(s.kernel_h * s.kernel_w);
@@ -133,7 +135,7 @@ static const Conv2dKernel* cheapest(const Conv2dShape& shape, bool with_winograd
   const Conv2dKernel* best = nullptr;
   double least = 0;
   for (const Conv2dKernel& kernel : kernels()) {
-    if (kernel.number == 7 || kernel.number == 12 || !kernel.serves(shape)) continue;  // bfloat16 only where it is asked for
+    if (rounds(kernel) || !kernel.serves(shape)) continue;  // bfloat16 only where it is asked for
     const WinogradTile* tile = winograd_tile(kernel);
     if (!tile) return best ? best : &kernel;
     if (!with_winograd || (tile->fast && !fast) || (tile->patch == 5 && !is_small(shape))) continue;

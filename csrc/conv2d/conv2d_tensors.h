@@ -30,9 +30,6 @@ inline Tensor with_channels_last(const Tensor& t) {
   return fits ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
 
-// Of an output, for Conv2d::stream. 64 to 256 channels, 1x1, 200 x 272 pixels (56 MB): 9.3 ms instead of 11.5.
-inline bool exceeds_caches(const Tensor& t) { return t.numel() * int64_t(sizeof(float)) >= int64_t(32) << 20; }
-
 // How many threads a convolution of so many weights, each used for so many pixels, is worth. Waking a second one takes
 // about 5 us, in which the first does this much (2 cores of Zen 4: 16 channels to as many, 8 x 8 pixels, 3x3: 18 us a
 // call with two, 13 with one; 64 to 64 channels, 14 x 14 pixels, 1x1: the same).

@@ -80,7 +80,7 @@ Tensor conv_transpose2d_cpu(const Tensor& input_any, const Tensor& weight, const
   conv.shape = shape, conv.weight = data<float>(prepared);
   conv.activation = activation_of(activation), conv.slope = float(slope);
   conv.input = pixel_map<const float>(input), conv.output = pixel_map<float>(output);
-  conv.stream = exceeds_caches(output);
+  conv.stream = exceeds_caches<float>(output);
   const Epilogue epilogue(bias, residual, conv);
   run_tasks(shape, plan.tasks(), plan.scratch(),
             [&](int64_t begin, int64_t end, float* scratch) { plan.run(conv, begin, end, scratch); });

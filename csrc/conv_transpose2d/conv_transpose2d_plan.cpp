@@ -68,7 +68,8 @@ const Conv2dKernel* phase_kernel(const char* name, const Conv2dShape& shape) {
 }
 
 const char* const kNames[] = {"gemm",         "winograd", "depthwise", "grouped", "torch",
-                              "winograd_2x2", "merged",   "bf16",      "pixel",   "winograd_3x3"};
+                              "winograd_2x2", "merged",   "bf16",      "pixel",   "winograd_3x3",
+                              "amx"};
 
 constexpr int64_t kLanes = 16;
 

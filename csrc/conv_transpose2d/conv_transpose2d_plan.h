@@ -20,7 +20,8 @@ enum class TransposedKernel : int64_t {
   merged,
   bf16,
   pixel,
-  winograd_3x3
+  winograd_3x3,
+  amx
 };
 
 // The named one, or for "auto" the one that is fastest; torch where none serves.

@@ -23,5 +23,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("cpu_isa", [] { return std::string(fastcv::cpu_isa_name(fastcv::cpu_isa())); },
         "The instruction set that the CPU kernels run with.");
   m.def("available_isas", &available_isas, "The instruction sets that this processor has, lowest first.");
+  m.def("bfloat16_products", [] {
+    return std::string(fastcv::amx_products() ? "amx" : fastcv::bf16_products() ? "avx512_bf16" : "none");
+  }, "What the CPU kernels multiply bfloat16 numbers with: amx, avx512_bf16 or none.");
   m.def("compiler", [] { return std::string("C++ ") + __VERSION__; }, "The compiler that built this module.");
 }

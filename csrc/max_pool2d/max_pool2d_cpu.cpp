@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> max_pool2d_cpu(const Tensor& input_any, FASTCV_WINDOW
     const MaxPool<T> task{g, feature_map<const T>(input), mutable_data<T>(output),
                           index_bytes == 1 ? mutable_data<uint8_t>(indices) : nullptr,
                           index_bytes == 8 ? mutable_data<int64_t>(indices) : nullptr,
-                          output.numel() * int64_t(sizeof(T)) >= kPoolStreamBytes};
+                          exceeds_caches<T>(output)};
     if (format == MemoryFormat::ChannelsLast)
       parallel_for(images * g.y.output, pool_grain(g.x.output * channels), [&](int64_t begin, int64_t end) {
         FASTCV_PICK(max_pool2d_channels_last<T>)(task, begin, end);
@@ -181,7 +181,7 @@ Tensor between(const Tensor& from_any, const Tensor& indices_any, int64_t height
     using T = decltype(zero);
     f(Unpooling<T>{{g, from.size(0), from.size(1), data<T>(from), mutable_data<T>(to),
                     compact ? data<uint8_t>(indices) : nullptr, compact ? nullptr : data<int64_t>(indices), {}, {}, sum,
-                    to.numel() * int64_t(sizeof(T)) >= kPoolStreamBytes},
+                    exceeds_caches<T>(to)},
                    format});
   });
   return to;

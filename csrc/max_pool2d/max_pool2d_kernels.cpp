@@ -48,7 +48,7 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
   const PoolGeometry g = t.geometry;  // a copy: stores cannot change it
   const TapIndices taps = tap_indices(t);
   const Vec<P> lanes = iota<P>() * P(g.x.stride), left = first_columns<P>(g.x, 0) * P(taps.step_x);
-  const bool prefetch = exceeds_caches(t.input);
+  const bool prefetch = is_far(t.input);
   RowAt row(begin, t.input.channels, g.y.output);
   for (int64_t task = begin; task < end; ++task, ++row) {
     const int64_t oy = row.y;
@@ -68,9 +68,7 @@ void pool_rows(const MaxPool<T>& t, int64_t begin, int64_t end) {
       each_tap<S, K>(g, plane, rows, oy, ox, n, kLowest<T>,
                      [&](int64_t i, int64_t j, Vec<Acc<T>> value) FASTCV_INLINE_LAMBDA {
                        if constexpr (Indices) {
-                         const auto better = takes_over(value, best);
-                         best = better ? value : best;
-                         index = better ? Vec<P>{} + P(i * taps.step_y + j * taps.step_x) : index;
+                         take_greater(value, Vec<P>{} + P(i * taps.step_y + j * taps.step_x), best, index);
                        } else {
                          best = greater_of(value, best);
                        }
@@ -116,13 +114,10 @@ void pool_pixels(const MaxPool<T>& t, int64_t begin, int64_t end) {
             const Vec<P> here = Vec<P>{} + P(base + i * taps.step_y + j * taps.step_x);
             for (int v = 0; v < V; ++v) {
               const Vec<Acc<T>> value = load_some(tap + v * L, n);
-              if constexpr (Indices) {
-                const auto better = takes_over(value, best[v]);
-                best[v] = better ? value : best[v];
-                index[v] = better ? here : index[v];
-              } else {
+              if constexpr (Indices)
+                take_greater(value, here, best[v], index[v]);
+              else
                 best[v] = greater_of(value, best[v]);
-              }
             }
           }
         for (int v = 0; v < V; ++v) {

@@ -27,9 +27,7 @@ void pool_row(const StepTask& t, int64_t image, int64_t oy) {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
           const Vec<float> value = load_some(window + i * t.a.stride_y + j * t.a.stride_x + c, n);
-          const auto better = takes_over(value, most);
-          most = better ? value : most;
-          winner = better ? Vec<Index>{} + Index(i * t.p[1] + j) : winner;
+          take_greater(value, Vec<Index>{} + Index(i * t.p[1] + j), most, winner);
         }
       store_some(out + c, most, n);
       store_indices<Index>(winners + c, winner, n);

@@ -47,7 +47,7 @@ void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, co
     channels_last &= input.stride(1) == 1;
   }
   const int64_t count = boxes.size(0), channels = inputs[0].size(1), bins = g.pooled_height * g.pooled_width;
-  const bool stream = output.stride(1) == bins && output.numel() * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool stream = output.stride(1) == bins && exceeds_caches<T>(output);
   const RoiAlignForward<T> task{maps.data(),      plan.rois.data(),        g.pooled_height,
                                 g.pooled_width,   mutable_data<T>(output), output.stride(0),
                                 output.stride(1), output.stride(3),        stream};

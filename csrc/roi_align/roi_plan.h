@@ -9,9 +9,6 @@
 
 namespace fastcv {
 
-// Outputs of this size leave the last-level cache before they are read again.
-constexpr int64_t kStreamBytes = int64_t(16) << 20;
-
 struct RoiLevel {
   int64_t height, width;
   double scale;

@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> roi_pool_cpu(const Tensor& input, const Tensor& boxes
                               mutable_data<T>(output), mutable_data<int32_t>(argmax), output.stride(0),
                               output.stride(1), output.stride(3),
                               output.stride(1) == pooled_height * pooled_width &&
-                                  output.numel() * int64_t(sizeof(T)) >= kStreamBytes},
+                                  exceeds_caches<T>(output)},
             pool);
   });
   return {output, argmax};

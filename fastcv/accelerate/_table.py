@@ -20,20 +20,27 @@ _PRODUCTS = {
 }
 
 
+def _best(function) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 @functools.cache
-def machine_limits(threads: int) -> tuple[float, float]:
-    """Multiply-adds a second in float32 (of a matrix product), and bytes a second from memory (of a sum)."""
-    a, large = torch.randn(1024, 1024), torch.ones(1 << 26)
+def product_limit(threads: int, dtype: torch.dtype) -> float:
+    """Multiply-adds a second (of a matrix product)."""
+    a = torch.randn(1024, 1024).to(dtype)
+    return 1024**3 / _best(lambda: a @ a)
 
-    def best(function) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return min(times)
 
-    return 1024**3 / best(lambda: a @ a), large.numel() * 4 / best(large.sum)
+@functools.cache
+def memory_limit(threads: int) -> float:
+    """Bytes a second from memory (of a sum)."""
+    large = torch.ones(1 << 26)
+    return large.numel() * 4 / _best(large.sum)
 
 
 def _products(kernel: str, transposed: bool) -> float:
@@ -51,7 +58,8 @@ def program_table(program: Program, *inputs: Tensor) -> str:
     in 14 bands of rows, each followed by the next step's while it was in cache; "winograd x2" in two pieces: weights
     were laid out, then used (``low_memory``).
     """
-    products, memory = machine_limits(torch.get_num_threads())
+    threads = torch.get_num_threads()
+    memory = memory_limit(threads)
     lines = [f"{'step':<18}{'kernel':<16}{'input':<22}{'output':<20}{'us':>9}{'floor':>9}{'GFLOP/s':>9}"]
     total = bound = 0.0
     for row in program.profile(*inputs).tolist():
@@ -65,6 +73,8 @@ def program_table(program: Program, *inputs: Tensor) -> str:
                 + (f" g{groups}" if groups > 1 else "")
             )
             chosen = TRANSPOSED[kernel] if transposed else KERNELS[kernel]
+            dtype = torch.bfloat16 if chosen in ("bf16", "amx") else torch.float32
+            products = product_limit(threads, dtype)
             weights = size / 4 - n * (c * h * w + out_c * out_h * out_w)
             floor = max(work * _products(chosen, transposed) / products, 4 * max(weights, 0) / memory)
         else:

@@ -21,7 +21,8 @@ LIBRARY.define(
     "conv2d_choose(int[] input, int[] weight, int groups, int[] stride, int[] padding, int[] dilation, "
     "str kernel) -> ()"
 )
-_CANDIDATES = tuple(kernel for kernel in KERNELS if kernel not in ("torch", "bf16", "winograd_6x6", "winograd_5x5_4x4"))
+_INEXACT = "bf16", "amx", "winograd_6x6", "winograd_5x5_4x4"
+_CANDIDATES = tuple(kernel for kernel in KERNELS if kernel != "torch" and kernel not in _INEXACT)
 _GAIN = 0.97  # of the time of the model's choice: less is noise
 
 

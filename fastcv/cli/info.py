@@ -49,6 +49,7 @@ def render(facts: dict) -> str:
         f"torch        {facts['torch']}, {facts['threads']} threads",
         f"torchvision  {facts['torchvision']}",
         f"CPU kernels  {facts['cpu_isa'] or 'none'} (this processor has: {isas})",
+        f"bfloat16     {facts['bfloat16_products']}",
         f"CUDA         {', '.join(facts['cuda_devices']) or 'no device'}",
         f"compiler     {facts['compiler'] or 'unknown'}",
         "",

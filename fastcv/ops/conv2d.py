@@ -82,8 +82,9 @@ def conv2d(
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"gemv"``, ``"winograd"``,
             ``"winograd_3x3"`` or ``"winograd_2x2"`` (up to 3x3, stride 1), ``"winograd_6x6"`` (3x3, stride 1),
             ``"winograd_5x5"`` or ``"winograd_5x5_4x4"`` (5x5, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"``
-            (operands rounded to bfloat16) or ``"torch"``.
-            ``"auto"`` takes neither ``"bf16"`` nor ``"winograd_6x6"`` and ``"winograd_5x5_4x4"``, which are less exact.
+            or, on processors with AMX, ``"amx"`` (operands rounded to bfloat16), or ``"torch"``.
+            ``"auto"`` takes none of ``"bf16"``, ``"amx"``, ``"winograd_6x6"`` and ``"winograd_5x5_4x4"``, which are
+            less exact.
 
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes,

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastcv
 from fastcv.accelerate._table import program_table
+from fastcv.ops.conv2d import KERNELS
 
 if fastcv.build_info()["operators"]["conv2d"]["cpu"] != "compiled":
     pytest.skip("the compiled part is not built", allow_module_level=True)
@@ -243,3 +244,7 @@ def test_bfloat16_rounds_operands():
             result = fast(x)
             assert result.dtype == torch.float32
             assert (result - expected).abs().max() <= 0.02 * expected.abs().max()
+        kernels = [KERNELS[row[1]] for row in programs(fast)[0].profile(x).tolist()]
+    tiles = fastcv.build_info()["bfloat16_products"]
+    rounding = {"amx": "amx", "avx512_bf16": "bf16", "none": "gemm"}[tiles]
+    assert kernels == ["amx" if tiles == "amx" else "gemm", "gemm" if tiles == "amx" else rounding, rounding]

@@ -84,6 +84,7 @@ def test_tuning(tmp_path):
         ([1], "choice 0: expected a dictionary, got 1"),
         ([good, {}], "choice 1: input: expected 4 ints"),
         ([good, {**good, "kernel": "bf16"}], "choice 1: kernel: expected one of gemm, .* got 'bf16'"),
+        ([good, {**good, "kernel": "amx"}], "choice 1: kernel: .* got 'amx'"),
         ([good, {**good, "kernel": "winograd_6x6"}], "choice 1: kernel: .* got 'winograd_6x6'"),
         ([good, {**good, "kernel": ["gemm"]}], "choice 1: kernel: "),
         ([good, {**good, "stride": [1]}], "choice 1: stride: expected 2 ints"),

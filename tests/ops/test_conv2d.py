@@ -37,6 +37,7 @@ SHAPES = [
     (1, 8, 9, 9, 8, (5, 1), (1, 2), (2, 0), 1, 1),
     (1, 2, 1, 1, 3, (1, 1), 1, 0, 1, 1),
     (1, 40, 6, 200, 33, (3, 3), 1, 1, 1, 1),
+    (1, 704, 5, 35, 33, (3, 3), 1, 1, 1, 1),
     (1, 32, 15, 13, 48, (3, 3), 2, 1, 1, 2),
     (1, 16, 19, 23, 24, (3, 3), 1, 2, 2, 1),
     (2, 8, 7, 10, 8, (3, 3), 1, (4, 12), (4, 12), 1),
@@ -286,7 +287,7 @@ def test_numbers_too_large():
 
 
 @compiled_only
-@pytest.mark.parametrize("kernel", ["gemm", "winograd", "depthwise", "auto", "bf16", "grouped"])
+@pytest.mark.parametrize("kernel", ["gemm", "winograd", "depthwise", "auto", "bf16", "amx", "grouped"])
 def test_numbers_too_large_for_the_kernels(kernel):
     x, weight, groups = torch.ones(1, 4, 5, 5), torch.ones(4, 4, 3, 3), 1
     if kernel == "depthwise":
