@@ -14,7 +14,7 @@
 
 namespace fastcv::FASTCV_ISA {
 
-constexpr int kTileRows = 16;
+constexpr int kTileRows = kLanes<float>;  // 16, where it is not emulated
 
 // sum + x * y for lanes of two bfloat16 numbers each.
 FASTCV_INLINE Vec<float> add_pairs(Vec<float> x, Vec<float> y, Vec<float> sum) {

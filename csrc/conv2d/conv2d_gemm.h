@@ -249,13 +249,13 @@ int64_t count_tasks(const Conv2dShape& s) {
 }
 
 int64_t strip_size(const Conv2dShape& s, const Plan& p) {
-  const int64_t after = kTiles ? 32 * s.stride_w : 0;  // pixels that are read, and not used
+  const int64_t after = kTiles ? 2 * kTileRows * s.stride_w : 0;  // pixels that are read, and not used
   return p.in_place ? 0 : ceil_div((p.strip_h * p.strip_w + after) * words(s), L) * L + (kPairs ? L : 0);
 }
 
 int64_t scratch_size(const Conv2dShape& s) {
   const Plan p = make_plan(s);
-  const int64_t sums = p.group_panels * p.block_h * p.block_w + (kTiles ? 32 : 0);
+  const int64_t sums = p.group_panels * p.block_h * p.block_w + (kTiles ? 2 * kTileRows : 0);
   return strip_size(s, p) + (p.chunks > 1 ? sums * kColumns : 0);
 }
 

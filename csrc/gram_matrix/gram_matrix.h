@@ -50,6 +50,10 @@ FASTCV_EACH_ISA(
     // The same for words of two bfloat16 numbers, neighbours of a channel; the plan is of float32 and so many words.
     void gram_sum_pairs(const FeatureMap<const float>& map, const GramPlan& plan, int64_t begin, int64_t end,
                         float* sums, float* scratch);
+    // The same in the processor's tiles, with its own scratch.
+    void gram_sum_tiles(const FeatureMap<const float>& map, const GramPlan& plan, int64_t begin, int64_t end,
+                        float* sums, float* scratch);
+    int64_t gram_sum_tiles_scratch(const GramPlan& plan);
     // Rows of blocks begin <= i < end of images * blocks; squares[i] is the sum of squares of what was written for it,
     // where there is a target.
     template <class T, class O> void gram_finish(const GramFinish<T, O>& task, const GramPlan& plan, int64_t begin,

@@ -31,14 +31,15 @@ struct GramSums {
 };
 
 template <class T>
-GramSums sums_of_map(const FeatureMap<const T>& map, GramKernel<T> kernel) {
+GramSums sums_of_map(const FeatureMap<const T>& map, GramKernel<T> kernel,
+                     int64_t (*scratch_size)(const GramPlan&) = FASTCV_PICK(gram_scratch<T>)) {
   using A = accumulate_t<T>;
   const GramPlan plan = FASTCV_PICK(gram_plan<T>)(map.images, map.channels, map.height * map.width);
   Tensor sums =
       empty_cpu({FASTCV_PICK(gram_sums<T>)(plan)}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* const to = mutable_data<A>(sums);
   parallel_dynamic(plan.tasks(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch = allocate_scratch<A>(FASTCV_PICK(gram_scratch<T>)(plan));
+    const Scratch<A> scratch = allocate_scratch<A>(scratch_size(plan));
     kernel(map, plan, begin, end, to, scratch.get());
   });
   return {plan, sums};
@@ -58,6 +59,8 @@ GramSums sums_of(const Tensor& features) {
       const auto* const data = reinterpret_cast<const float*>(map.data);
       const FeatureMap<const float> words{data, map.images, map.channels, map.height, map.width / 2, map.stride_n / 2,
                                           map.stride_c / 2, map.stride_y / 2, 1};
+      if (amx_products())
+        return sums_of_map<float>(words, FASTCV_PICK(gram_sum_tiles), FASTCV_PICK(gram_sum_tiles_scratch));
       return sums_of_map<float>(words, FASTCV_PICK(gram_sum_pairs));
     }
   }
