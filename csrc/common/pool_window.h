@@ -14,10 +14,14 @@ struct PoolAxis {
 
   FASTCV_POOL_INLINE int64_t start(int64_t o) const { return o * stride - padding; }
   // Values of (p + padding) % stride; all of 1 or 2 strides, for which kernels have vectors.
-  FASTCV_POOL_INLINE int64_t phases() const { return stride <= 2 || stride < padding + input ? stride : padding + input; }
+  FASTCV_POOL_INLINE int64_t phases() const {
+    return stride <= 2 || stride < padding + input ? stride : padding + input;
+  }
   FASTCV_POOL_INLINE bool disjoint() const { return stride >= (kernel - 1) * dilation + 1; }
   // Windows are pairs of pixels side by side.
-  FASTCV_POOL_INLINE bool pairs() const { return kernel == 2 && stride == 2 && dilation == 1 && padding == 0 && input >= 2 * output; }
+  FASTCV_POOL_INLINE bool pairs() const {
+    return kernel == 2 && stride == 2 && dilation == 1 && padding == 0 && input >= 2 * output;
+  }
 };
 
 struct PoolGeometry {

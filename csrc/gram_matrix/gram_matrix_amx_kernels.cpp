@@ -1,8 +1,11 @@
 // Gram matrices of bfloat16 features in the processor's tiles (common/tiles.h), of words of two neighbouring positions
-// as in gram_matrix_bf16_kernels.cpp. A chunk of words is packed twice: as it lies, [channel][word], for the rows of the
-// product, and transposed, [block][word][lane], for its columns, as gram_matrix_kernels.cpp has it for both. Chunks are
-// filled up with zeros to whole tiles. Two blocks of rows by two of columns are summed at once, so that each tile is
-// multiplied twice; on the diagonal one of the four is summed in vain.
+// as in gram_matrix_bf16_kernels.cpp. A chunk of words is packed twice: as it lies, [channel][word], for the rows of
+// the product, and transposed, [block][word][lane], for its columns, as gram_matrix_kernels.cpp has it for both. Chunks
+// are filled up with zeros to whole tiles. Two blocks of rows by two of columns are summed at once, so that each tile
+// is multiplied twice; on the diagonal one of the four is summed in vain.
+//
+// 256 channels of 128 x 128: 0.6 G multiply-adds, 0.2 ms on two cores at 2.9 GHz and 512 a cycle, and packing 8 MB;
+// measured 0.99 ms, and 5.5 in vectors of pairs.
 #include "../common/tiles.h"
 #include "gram_matrix_sum.h"
 
