@@ -45,9 +45,17 @@ CpuIsa cpu_isa() {
   return isa;
 }
 
-bool bf16_products() {
+bool bf16_instructions() {
 #if defined(FASTCV_X86)
   return cpu_isa() == CpuIsa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool bf16_products() {
+#if defined(FASTCV_X86)
+  return bf16_instructions() && !__builtin_cpu_is("intel");
 #else
   return false;
 #endif
@@ -61,7 +69,7 @@ bool amx_products() {
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
            syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
-  return bf16_products() && allowed;
+  return bf16_instructions() && allowed;
 #else
   return false;
 #endif

@@ -13,6 +13,7 @@
 #include "simd.h"
 
 namespace fastcv::FASTCV_ISA {
+namespace {  // files of one instruction set differ in whether they are compiled for tiles
 
 constexpr int kTileRows = kLanes<float>;  // 16, where it is not emulated
 
@@ -108,4 +109,5 @@ class Tiles {
 
 #endif
 
+}  // namespace
 }  // namespace fastcv::FASTCV_ISA

@@ -40,7 +40,9 @@ bool is_winograd_to_3(const Conv2dShape& s) {
                                !s.input_norm && s.channels >= 32 && s.out_channels >= 32);
 }
 
-// Elsewhere than on AVX-512, where they are there or not, tiles are emulated.
+// What AVX-512 has or has not is emulated elsewhere.
+bool is_bf16(const Conv2dShape&) { return bf16_instructions() || cpu_isa() != CpuIsa::avx512; }
+
 bool is_amx(const Conv2dShape& s) {
   return (amx_products() || cpu_isa() != CpuIsa::avx512) && FASTCV_PICK(conv2d_amx_serves)(s);
 }
@@ -84,7 +86,7 @@ const std::vector<Conv2dKernel>& kernels() {
       FASTCV_KERNEL(9, winograd_5x5, is_winograd<5>),
       FASTCV_KERNEL(10, winograd_5x5_4x4, is_winograd<5>),
       FASTCV_KERNEL(12, amx, is_amx),
-      FASTCV_KERNEL(7, bf16, [](const Conv2dShape&) { return true; }),
+      FASTCV_KERNEL(7, bf16, is_bf16),
       FASTCV_KERNEL(0, gemm, [](const Conv2dShape&) { return true; }),
   };
   return all;
