@@ -15,6 +15,7 @@
 namespace fastcv::FASTCV_ISA {
 namespace {  // files of one instruction set differ in whether they are compiled for tiles
 
+constexpr int kTileWords = 16;            // at most
 constexpr int kTileRows = kLanes<float>;  // 16, where it is not emulated
 
 // sum + x * y for lanes of two bfloat16 numbers each.
@@ -103,8 +104,8 @@ class Tiles {
 
  private:
   int64_t words_;
-  Vec<float> rows_[8][kTileRows];
-  float a_[2][kTileRows][16];
+  Vec<float> rows_[8][kTileWords];
+  float a_[2][kTileRows][kTileWords];
 };
 
 #endif

@@ -10,9 +10,9 @@ namespace {
 
 constexpr int kBlockRows = 2 * kTileRows;
 
-// Words of the depth that one tile takes of a run: as many for each, at most 16. 0: there is no such number.
+// Words of the depth that one tile takes of a run: as many for each. 0: there is no such number.
 int64_t tile_words(int64_t run) {
-  const int64_t steps = ceil_div(run, 16);
+  const int64_t steps = ceil_div(run, kTileWords);
   return run % steps == 0 ? run / steps : 0;
 }
 

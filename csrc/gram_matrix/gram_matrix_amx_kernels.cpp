@@ -13,9 +13,7 @@ namespace fastcv::FASTCV_ISA {
 namespace {
 
 constexpr int L = kLanes<float>;
-constexpr int64_t kWords = 16;  // of a tile
-
-int64_t whole_tiles(int64_t words) { return ceil_div(words, kWords) * kWords; }
+int64_t whole_tiles(int64_t words) { return ceil_div(words, kTileWords) * kTileWords; }
 
 // Words from a channel to the next, and from a transposed block to the next; apart from powers of two.
 int64_t row_step(const GramPlan& plan) { return whole_tiles(plan.chunk) + 16; }
@@ -65,7 +63,7 @@ void multiply_blocks(Tiles& tiles, const Chunk& s, int64_t i, int64_t j) {
     if constexpr (R == 2 && V == 2) tiles.load<3>(to + down + L, s.stride);
   }
   const float *a = s.rows + i * L * s.row_step, *b = s.columns + j * s.column_step;
-  for (int64_t k = 0; k < s.words; k += kWords, a += kWords, b += kWords * L) {
+  for (int64_t k = 0; k < s.words; k += kTileWords, a += kTileWords, b += kTileWords * L) {
     tiles.load<6>(b, L);
     if constexpr (V == 2) tiles.load<7>(b + s.column_step, L);
     tiles.load<4>(a, s.row_step);
@@ -90,7 +88,7 @@ int64_t gram_sum_tiles_scratch(const GramPlan& plan) { return plan.blocks * (L *
 void gram_sum_tiles(const FeatureMap<const float>& map, const GramPlan& plan, int64_t begin, int64_t end, float* sums,
                     float* scratch) {
   const int64_t size = plan.blocks * L;
-  Tiles tiles(kWords);
+  Tiles tiles(kTileWords);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t group = t % plan.groups, part = t / plan.groups, image = part / plan.splits;
     const int64_t from = part % plan.splits * plan.split_positions;
