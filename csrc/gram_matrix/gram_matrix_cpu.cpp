@@ -55,7 +55,7 @@ template <class T>
 GramSums sums_of(const Tensor& features) {
   const FeatureMap<const T> map = flattened(feature_map<const T>(features));
   if constexpr (std::is_same_v<T, bfloat16_t>) {
-    if (bf16_products() && has_words(map)) {
+    if ((amx_products() || bf16_products()) && has_words(map)) {
       const auto* const data = reinterpret_cast<const float*>(map.data);
       const FeatureMap<const float> words{data, map.images, map.channels, map.height, map.width / 2, map.stride_n / 2,
                                           map.stride_c / 2, map.stride_y / 2, 1};
