@@ -5,7 +5,8 @@
 #include <cstring>
 #include <initializer_list>
 
-#if defined(__linux__)
+#if defined(FASTCV_X86) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -64,9 +65,10 @@ bool bf16_products() {
 bool amx_products() {
 #if defined(FASTCV_X86) && defined(__linux__)
   static const bool allowed = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;      // not every compiler knows them by name
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; a feature of xsave
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
            syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return bf16_instructions() && allowed;

@@ -13,7 +13,7 @@ constexpr int64_t kColumns = kTiles ? 2 * L : kPanel;  // outputs of a panel
 constexpr int64_t kBlockElements = 48 * 1024;  // of the input of a task: 192 KB
 constexpr int64_t kLargeBlock = 128 * 1024;    // where heavy weights are read for each: 512 KB
 constexpr int64_t kHeavy = 512 * 1024;         // weights that the second-level cache does not hold: 2 MB
-constexpr int64_t kMostPixels = 192;
+constexpr int64_t kLeastPixels = kTiles ? 64 : 12, kMostPixels = 192;
 constexpr int64_t kEnoughTasks = 8, kFewTasks = 4;  // for each thread; where weights are heavy
 constexpr int64_t kTallPixels = 576, kTallColumns = 144;  // where kernels overlap: rows of input are copied fewer times
 constexpr int64_t kChunkDepth = (kTiles ? 2 : 1) * 1536 * 16 / L;  // of a panel that is not cut: 384 KB
@@ -51,7 +51,7 @@ Plan make_plan(const Conv2dShape& s) {
   const int64_t reach = resident * (p.flat ? 1 : min_of(s.stride_h, s.kernel_h) * min_of(s.stride_w, s.kernel_w));
   const bool heavy = p.depth * s.group_outputs() >= kHeavy, tall = !p.flat && s.stride_h < s.kernel_h;
   const int64_t fits = (heavy ? kLargeBlock : kBlockElements) / max_of(1, reach);
-  int64_t pixels = max_of(12, min_of(tall ? kTallPixels : kMostPixels, fits));
+  int64_t pixels = max_of(kLeastPixels, min_of(tall ? kTallPixels : kMostPixels, fits));
   p.panels = ceil_div(s.group_outputs(), kColumns);
   p.blocks_x = ceil_div(columns, tall ? min_of(pixels, kTallColumns) : pixels);
   // As much work for every thread: 17 blocks would leave one of two waiting for half a block.
