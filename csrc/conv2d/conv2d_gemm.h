@@ -88,7 +88,7 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
   const int64_t first = min_of(p.strip_w, max_of(0, -left)), last = max_of(first, min_of(p.strip_w, s.width - left));
   for (int64_t i = 0; i < p.strip_h; ++i) {
     float* row = strip + i * p.strip_w * channels;
-    const int64_t y = top + i;
+    const int64_t k = min_of(i / p.row_step, s.kernel_h - 1), y = top + k * s.dilation_h + i - k * p.row_step;
     if (y < 0 || y >= s.height || first == last) {
       memset(row, 0, size_t(p.strip_w * channels) * sizeof(float));
       continue;
@@ -181,7 +181,7 @@ void run_panels(const Conv2d& conv, const Plan& p, Rows rows, int64_t last, int6
   t.first = chunk == 0, t.final = chunk + 1 == p.chunks;
   t.step = p.in_place ? conv.input.stride_x : p.flat ? channels : s.stride_w * channels;
   t.runs_y = p.flat ? 1 : to - from, t.runs_x = whole_rows ? 1 : s.kernel_w;
-  t.run_y = s.dilation_h * p.strip_w * channels, t.run_x = s.dilation_w * channels;
+  t.run_y = p.row_step * p.strip_w * channels, t.run_x = s.dilation_w * channels;
   t.run = p.flat ? to - from : whole_rows ? s.kernel_w * channels : channels;
   rows.begin = p.flat ? from : from * s.kernel_w * channels;
   strip += p.flat ? from : from * t.run_y;

@@ -31,6 +31,7 @@ struct Plan {
   int64_t block_h, block_w, blocks_y, blocks_x;  // of output pixels
   int64_t panels, panel_groups, group_panels;
   int64_t strip_h, strip_w;  // pixels of the copied input
+  int64_t row_step;  // in it, from a row of the kernel to the next: rows between that no pixel needs are left out
   int64_t depth;
   int64_t chunks;  // of the depth: kernel rows, or channels where there is one
 };
@@ -73,7 +74,9 @@ Plan make_plan(const Conv2dShape& s) {
   if (p.block_h * p.block_w <= tile_rows(kPanelVectors)) p.chunks = 1;  // weights are read once anyway
   if (p.chunks > 1) p.group_panels = min_of(p.group_panels, kChunkedPanels);
   p.panel_groups = ceil_div(p.panels, p.group_panels);
-  p.strip_h = p.flat ? 1 : (p.block_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+  const int64_t span = (p.block_h - 1) * s.stride_h + 1;
+  p.row_step = min_of(s.dilation_h, span);
+  p.strip_h = p.flat ? 1 : span + (s.kernel_h - 1) * p.row_step;
   p.strip_w = p.flat ? p.block_w : (p.block_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
   return p;
 }
