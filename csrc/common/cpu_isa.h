@@ -15,7 +15,7 @@ const char* cpu_isa_name(CpuIsa isa);
 bool cpu_isa_available(CpuIsa isa);
 // Whether it has instructions for pairs of bfloat16 numbers (AVX512-BF16), which kernels are compiled for.
 bool bf16_instructions();
-// And multiplies them faster than float32: Zen 4 and 5 do, twice as fast; on a Xeon they take 1.6 times as long.
+// And multiplies them faster than float32: Zen 4 does, twice as fast; on a Xeon they take 1.6 times as long.
 bool bf16_products();
 // Whether it multiplies tiles of them (AMX), and the system lets this process do so: eight times as fast.
 bool amx_products();
