@@ -68,3 +68,10 @@ def test_no_machine_paths():
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/**/*")]:
         if path.is_file() and path.suffix != ".png":
             assert not re.search(r"/(root|home|tmp|work)/", path.read_text()), path
+
+
+def test_links_between_files():
+    """What the documentation links to in the repository is there."""
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/**/*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)\)", path.read_text()):
+            assert "://" in link or (path.parent / link).exists(), f"{path.name}: {link}"
