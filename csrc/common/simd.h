@@ -172,6 +172,10 @@ FASTCV_INLINE Vec<float> load(const half_t* p) {
 FASTCV_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
 FASTCV_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
 FASTCV_INLINE void store(bfloat16_t* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &rounded, sizeof rounded);
+#else
   Vec<uint32_t> bits;
   memcpy(&bits, &v, sizeof v);
   Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -179,6 +183,7 @@ FASTCV_INLINE void store(bfloat16_t* p, Vec<float> v) {
   rounded = (rounded & ~nan) | (nan & 0x7fc0);
   auto narrow = __builtin_convertvector(rounded, typename VecN<uint16_t, kLanes<float>>::type);
   memcpy(p, &narrow, sizeof narrow);
+#endif
 }
 FASTCV_INLINE void store(half_t* p, Vec<float> v) {
 #if defined(__AVX512F__)

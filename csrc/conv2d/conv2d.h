@@ -27,11 +27,13 @@ struct Conv2dShape {
 
 enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu, tanh };
 
-// [N, H, W, C], strides in elements; stride_x >= C, and channels are 1 apart.
+// [N, H, W, C], strides in elements; stride_x >= C, and channels are 1 apart. An element of a packed map of floats is
+// two channels in bfloat16: maps between kernels that round their operands to it (amx), which read and write no others.
 template <class T>
 struct PixelMap {
   T* data;
   int64_t stride_n, stride_y, stride_x;
+  bool packed = false;
 };
 
 // Inlined always: a copy of its own would be that of one instruction set.

@@ -63,13 +63,14 @@ void finish_block(const Tile& t, float* sums, int rows, int n) {
   }
   if (!t.bounds.exact || n != V * L) return finish_tile(*t.conv, sums, rows, V, n, t.residual, t.output);
   const Vec<float> low = broadcast(t.bounds.low), high = broadcast(t.bounds.high);
+  const bool packed = t.conv->output.packed, stream = t.conv->stream && !packed;
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < V; ++v) {
       Vec<float> y = load(sums + (r * V + v) * L);
-      if (t.residual) y += load(t.residual + r * t.residual_step + v * L);
+      if (t.residual) y += load_channels(t.conv->residual.packed, t.residual + r * t.residual_step, v * L, L);
       y = min(high, max(low, y));
-      float* to = t.output + r * t.output_step + v * L;
-      t.conv->stream ? store_streaming(to, y) : store(to, y);
+      float* to = t.output + r * t.output_step;
+      stream ? store_streaming(to + v * L, y) : store_channels(packed, to, v * L, y, L);
     }
 }
 

@@ -114,6 +114,14 @@ FASTCV_INLINE void for_each_vector(float* x, int vectors, F f) {
   }
 }
 
+// Channels from c on, a vector or the n that are left, of the pixel of a map that begins at p.
+FASTCV_INLINE Vec<float> load_channels(bool packed, const float* p, int64_t c, int64_t n) {
+  return packed ? load_some(reinterpret_cast<const bfloat16_t*>(p) + c, n) : load_some(p + c, n);
+}
+FASTCV_INLINE void store_channels(bool packed, float* p, int64_t c, Vec<float> x, int64_t n) {
+  packed ? store_some(reinterpret_cast<bfloat16_t*>(p) + c, x, n) : store_some(p + c, x, n);
+}
+
 // The pixels of a tile: sums of `vectors` vectors for each (which this overwrites), of which the first n channels
 // exist.
 [[maybe_unused]] static void finish_tile(const Conv2d& conv, float* sums, int pixels, int vectors, int64_t n,
@@ -125,13 +133,11 @@ FASTCV_INLINE void for_each_vector(float* x, int vectors, F f) {
   };
   if (residual)
     each([&](int p, int c, float* x, int64_t left) FASTCV_INLINE_LAMBDA {
-      const float* r = residual + p * conv.residual.stride_x + c;
-      store(x, load(x) + (left >= lanes ? load(r) : load_first(r, int(left))));
+      store(x, load(x) + load_channels(conv.residual.packed, residual + p * conv.residual.stride_x, c, left));
     });
   activate_all(sums, pixels * vectors, conv.activation, conv.slope);
   each([&](int p, int c, float* x, int64_t left) FASTCV_INLINE_LAMBDA {
-    float* y = output + p * conv.output.stride_x + c;
-    left >= lanes ? store(y, load(x)) : store_first(y, load(x), int(left));
+    store_channels(conv.output.packed, output + p * conv.output.stride_x, c, load(x), left);
   });
 }
 

@@ -38,12 +38,7 @@ namespace {
 FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
   if constexpr (kPairs) {
     bfloat16_t pairs[L];  // channels after n are zero
-#if defined(__AVX512BF16__)
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(pairs, &rounded, sizeof pairs);
-#else
     store(pairs, x);
-#endif
     memcpy(to, pairs, sizeof pairs);  // whole: what follows is written later, or room for it
   } else if (n == L) {
     store(to, x);
@@ -51,6 +46,9 @@ FASTCV_INLINE void store_words(Vec<float> x, int n, float* to) {
     store_first(to, x, n);
   }
 }
+
+// Whether pixels are words already.
+bool is_copied(const Conv2d& conv) { return conv.input.packed == kPairs && !conv.shape.input_norm; }
 
 // The channels of a pixel as words; normed: relu(x * scale + shift) of them.
 FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t group, float* to) {
@@ -71,14 +69,22 @@ FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t gro
   }
 }
 
+// n words of each of `count` pixels, side by side.
+void copy_words(const float* from, int64_t step, int64_t count, int64_t n, float* to) {
+  if (step == n) n *= count, count = 1;
+  for (int64_t i = 0; i < count; ++i, from += step, to += n) memcpy(to, from, size_t(n) * sizeof(float));
+}
+
 // The input pixels of `count` output pixels of a flat plan, side by side.
 void copy_pixels(const Conv2d& conv, int64_t image, int64_t group, int64_t first, int64_t count, float* to) {
   const Conv2dShape& s = conv.shape;
-  for (int64_t i = first; i < first + count; ++i, to += words(s))
-    copy_pixel(conv,
-               pixel(conv.input, image, i / s.out_width * s.stride_h, i % s.out_width * s.stride_w) +
-                   group * s.group_channels(),
-               group, to);
+  for (int64_t i = first; i < first + count; ++i, to += words(s)) {
+    const float* from = pixel(conv.input, image, i / s.out_width * s.stride_h, i % s.out_width * s.stride_w);
+    if (is_copied(conv))
+      memcpy(to, from + group * words(s), size_t(words(s)) * sizeof(float));
+    else
+      copy_pixel(conv, from + group * s.group_channels(), group, to);
+  }
 }
 
 // The input of a block of output pixels from (y0, x0): [strip_h][strip_w][channels of the group], zero outside the map.
@@ -93,12 +99,11 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
       memset(row, 0, size_t(p.strip_w * channels) * sizeof(float));
       continue;
     }
-    const float* from =
-        conv.input.data + image * conv.input.stride_n + y * conv.input.stride_y + group * s.group_channels();
+    const float* from = pixel(conv.input, image, y, 0) + group * (is_copied(conv) ? channels : s.group_channels());
     memset(row, 0, size_t(first * channels) * sizeof(float));
-    if (conv.input.stride_x == channels && !s.input_norm && !kPairs) {
-      memcpy(row + first * channels, from + (left + first) * channels,
-             size_t((last - first) * channels) * sizeof(float));
+    if (is_copied(conv)) {
+      copy_words(from + (left + first) * conv.input.stride_x, conv.input.stride_x, last - first, channels,
+                row + first * channels);
     } else {
       for (int64_t x = first; x < last; ++x)
         copy_pixel(conv, from + (left + x) * conv.input.stride_x, group, row + x * channels);
@@ -126,12 +131,11 @@ struct Rows {
     if (fetch) t.next = t.weight + plan.depth * vectors * L;
     t.bias = conv.bias ? conv.bias + channel : nullptr;
     t.last = int(columns - (vectors - 1) * L);
-    t.output =
-        conv.output.data + image * conv.output.stride_n + y * conv.output.stride_y + x * conv.output.stride_x + channel;
+    t.output = pixel(conv.output, image, y, x) + (conv.output.packed ? channel / 2 : channel);
     t.output_step = conv.output.stride_x;
-    t.residual = conv.residual.data ? conv.residual.data + image * conv.residual.stride_n + y * conv.residual.stride_y +
-                                          x * conv.residual.stride_x + channel
-                                    : nullptr;
+    t.residual = conv.residual.data
+                     ? pixel(conv.residual, image, y, x) + (conv.residual.packed ? channel / 2 : channel)
+                     : nullptr;
     t.residual_step = conv.residual.stride_x;
     run_row(t, count, int(vectors));
   }

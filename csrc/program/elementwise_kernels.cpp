@@ -19,18 +19,20 @@ FASTCV_INLINE void map_pixels(const StepTask& t, int64_t begin, int64_t end, con
   });
 }
 
-// The second input has the size of the first, or one pixel for each image.
+// The second input has the size of the first, or is resized to it.
 template <class F>
 FASTCV_INLINE void combine(const StepTask& t, int64_t begin, int64_t end, const F& f) {
-  const bool one = t.in2.h == 1 && t.in2.w == 1;
-  const int64_t step = one ? 0 : t.b.stride_x;
+  const float ratio_h = float(t.in2.h) / float(t.out.h), ratio_w = float(t.in2.w) / float(t.out.w);
   each_row(t.out, begin, end, [&](int64_t image, int64_t y) FASTCV_INLINE_LAMBDA {
-    const float *a = pixel(t.a, image, y, 0), *b = pixel(t.b, image, one ? 0 : y, 0);
+    const float *a = pixel(t.a, image, y, 0), *row = pixel(t.b, image, nearest(y, ratio_h, t.in2.h), 0);
     float* out = pixel(t.y, image, y, 0);
-    for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, b += step, out += t.y.stride_x)
+    for (int64_t x = 0; x < t.out.w; ++x, a += t.a.stride_x, out += t.y.stride_x) {
+      const float* b = row + nearest(x, ratio_w, t.in2.w) * t.b.stride_x;
       each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA {
-        store_some(out + c, activate(f(load_some(a + c, n), load_some(b + c, n)), t.activation, t.slope), n);
+        const Vec<float> sum = f(load_channels(t.a.packed, a, c, n), load_channels(t.b.packed, b, c, n));
+        store_channels(t.y.packed, out, c, activate(sum, t.activation, t.slope), n);
       });
+    }
   });
 }
 

@@ -125,11 +125,13 @@ class Placement {
       if (out.parent >= 0 || out.has_children || out.is_output) continue;
       const bool conv = (step.op == Op::conv || step.op == Op::conv_transpose) && step.inputs.size() == 2 &&
                         step.inputs[0] != step.inputs[1];
-      const bool elementwise = step.op == Op::add || step.op == Op::mul || step.op == Op::activate ||
-                               step.op == Op::affine || step.op == Op::layer_norm || step.op == Op::prelu;
+      const bool elementwise = step.op == Op::add || step.op == Op::mul || step.op == Op::merge ||
+                               step.op == Op::activate || step.op == Op::affine || step.op == Op::layer_norm ||
+                               step.op == Op::prelu;
       if (!conv && !elementwise) continue;
       const int64_t value = step.inputs[conv ? 1 : 0];
-      if (may_take(value, i) && plan_.extents[size_t(value)] == plan_.extents[size_t(step.output)])
+      if (may_take(value, i) && plan_.extents[size_t(value)] == plan_.extents[size_t(step.output)] &&
+          plan_.packed[size_t(value)] == plan_.packed[size_t(step.output)])
         put(step.output, value, 0), nodes_[size_t(step.output)].in_place = true;
     }
   }
@@ -166,7 +168,7 @@ class Placement {
     for (size_t v = 0; v < nodes_.size(); ++v) {
       const Extent& e = plan_.extents[v];
       if (nodes_[v].parent >= 0 || plan_.places[v].kind != Place::Kind::arena) continue;
-      const int64_t size = ceil_to_line(e.n * e.c * e.h * e.w) + 64 * kAlignment;
+      const int64_t size = ceil_to_line(e.n * pixel_elements(plan_, int64_t(v)) * e.h * e.w) + 64 * kAlignment;
       wanted.push_back({int64_t(v), buffers[v].from, buffers[v].to, size, 0});
     }
     for (int64_t i = 0; i < int64_t(plan_.steps.size()); ++i) {
@@ -197,7 +199,7 @@ class Placement {
     for (size_t v = 0; v < nodes_.size(); ++v) {
       const Seat s = seat(int64_t(v));
       Place place = plan_.places[size_t(s.root)];
-      place.channel = s.channel, place.channels = plan_.extents[size_t(s.root)].c;
+      place.channel = s.channel, place.channels = pixel_elements(plan_, s.root);
       if (nodes_[v].parent >= 0) plan_.places[v] = place;
       else plan_.places[v].channels = place.channels;
     }

@@ -14,7 +14,8 @@ StepKernel step_kernel(Op op, bool indices = false) {
     case Op::max_pool: return indices ? FASTCV_STEP(max_pool_indices) : FASTCV_STEP(max_pool);
     case Op::avg_pool: return FASTCV_STEP(avg_pool);
     case Op::adaptive_avg_pool: return FASTCV_STEP(adaptive_avg_pool);
-    case Op::add: return FASTCV_STEP(add);
+    case Op::add:
+    case Op::merge: return FASTCV_STEP(add);
     case Op::mul: return FASTCV_STEP(mul);
     case Op::activate: return FASTCV_STEP(activate);
     case Op::affine: return FASTCV_STEP(affine);
@@ -96,6 +97,7 @@ Plan make_plan(Program& program, const std::vector<Extent>& inputs, int64_t thre
   plan.extents.resize(size_t(program.values));
   for (const Step& step : program.steps) plan.extents[size_t(step.output)] = output_extent(program, step, plan.extents);
   for (size_t i = 0; i < program.steps.size(); ++i) plan.steps.push_back(choose_kernel(program, plan, i, threads));
+  find_packed(program, plan);
   find_chains(program, plan, threads);
   find_weights(program, plan, threads);
   place_values(program, plan);

@@ -12,8 +12,6 @@ struct Window {
   int64_t y0, y1, x0, x1;  // of the input, clipped
 };
 
-FASTCV_INLINE int64_t floor_half(float x) { return int64_t(__builtin_floorf(x)); }
-
 // Where an output coordinate of bilinear resizing lies between two of the input.
 struct Between {
   int64_t low, high;
@@ -48,10 +46,10 @@ void resize_row_bilinear(const StepTask& t, int64_t image, int64_t y) {
 }
 
 void resize_row_nearest(const StepTask& t, int64_t image, int64_t y) {
-  const float* from = pixel(t.a, image, min_of(floor_half(float(y) * float(t.ratio_h)), t.in.h - 1), 0);
+  const float* from = pixel(t.a, image, nearest(y, float(t.ratio_h), t.in.h), 0);
   float* out = pixel(t.y, image, y, 0);
   for (int64_t x = 0; x < t.out.w; ++x, out += t.y.stride_x) {
-    const float* p = from + min_of(floor_half(float(x) * float(t.ratio_w)), t.in.w - 1) * t.a.stride_x;
+    const float* p = from + nearest(x, float(t.ratio_w), t.in.w) * t.a.stride_x;
     each_vector(t.out.c, [&](int64_t c, int n) FASTCV_INLINE_LAMBDA { store_some(out + c, load_some(p + c, n), n); });
   }
 }

@@ -5,8 +5,8 @@
 //     Plan       a program for inputs of certain sizes: the extent and place of every value, the kernel of every step.
 //     bind, run  a plan with pointers: threads go through the steps together (run.h).
 //
-// Values are float32 maps, channels-last; vectors [N, C] are maps of one pixel. This is the pointer world, without
-// torch.
+// Values are float32 maps, channels-last; vectors [N, C] are maps of one pixel. Between kernels that round their operands
+// to bfloat16 maps are packed (packed.cpp). This is the pointer world, without torch.
 #pragma once
 
 #include <cstdint>
@@ -44,6 +44,7 @@ enum class Op : int64_t {
   prelu,              // input; slope of each channel
   conv_transpose,     // input, [residual]; weight, [bias], [scale of outputs]
   max_unpool,         // input, indices, what was pooled, [like]; of the last two only the size is read
+  merge,              // two inputs: the first and the second resized to its size (nearest), added
 };
 
 struct Step {
@@ -123,6 +124,7 @@ struct Span {
 
 struct Plan {
   std::vector<Extent> extents;  // of values
+  std::vector<bool> packed;
   std::vector<Place> places;
   std::vector<Span> spans;         // of the program's steps
   std::vector<PlannedStep> steps;  // one for every step of the program until values have places, then those that run
@@ -134,7 +136,11 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
 // The shape of a convolution for one thread.
 Conv2dShape conv_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
 Conv2dShape transposed_shape(const Program& program, const Step& step, const std::vector<Extent>& extents);
-// Sets spans; kernels are chosen.
+// Sets packed; kernels are chosen, as they are for what follows.
+void find_packed(const Program& program, Plan& plan);
+// Elements of a pixel of a value.
+int64_t pixel_elements(const Plan& plan, int64_t value);
+// Sets spans.
 void find_chains(const Program& program, Plan& plan, int64_t threads);
 // Sets weights of convolutions, or how they are made at each run.
 void find_weights(Program& program, Plan& plan, int64_t threads);

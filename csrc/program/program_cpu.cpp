@@ -118,7 +118,8 @@ struct Arity {
 };
 const Arity kArity[] = {{1, 2, 9, 5}, {1, 1, 10, 0}, {1, 1, 10, 0},      {1, 1, 2, 0},  {2, 2, 2, 0}, {2, 2, 2, 0},
                         {1, 1, 2, 0}, {1, 1, 2, 2},  {1, 1 << 20, 0, 0}, {2, 2, 0, 0},  {1, 1, 2, 0}, {1, 1, 0, 0},
-                        {1, 2, 7, 0}, {1, 1, 1, 2},  {1, 1, 0, 1},       {1, 2, 11, 3}, {3, 4, 4, 0}};
+                        {1, 2, 7, 0}, {1, 1, 1, 2},  {1, 1, 0, 1},       {1, 2, 11, 3}, {3, 4, 4, 0},
+                        {2, 2, 2, 0}};
 
 // Of windows side by side, whose pixels a byte can count.
 bool has_byte_indices(const Step& step) {
@@ -337,8 +338,14 @@ Tensor program_profile(int64_t handle) {
     const int64_t pixels = s.transposed ? c.height * c.width : c.out_height * c.out_width;
     const int64_t work = conv && !s.transient.makes ? c.images * pixels * c.out_channels * of_output : 0;
     const int64_t kernel = s.conv ? s.conv->number : s.transposed ? int64_t(s.transposed->kernel()) : -1;
-    const int64_t second = step && step->inputs.size() == 2 ? to.n * to.c * to.h * to.w : 0;
-    const int64_t bytes = 4 * (in.n * in.c * in.h * in.w + to.n * to.c * to.h * to.w + to.c * of_output + second);
+    const auto elements = [&](int64_t value) {
+      const Extent& e = plan->extents[size_t(value)];
+      return e.n * e.h * e.w * pixel_elements(*plan, value);
+    };
+    int64_t read = copy ? elements(s.copy_from) : 0;
+    for (size_t k = 0; step && k < step->inputs.size(); ++k) read += step->reads(k) ? elements(step->inputs[k]) : 0;
+    const int64_t written = elements(copy ? s.copy_from : step->output);
+    const int64_t bytes = 4 * (read + written + to.c * of_output);
     const int64_t row[] = {copy ? -1 : int64_t(step->op),
                            kernel,
                            loaded->nanoseconds[i],

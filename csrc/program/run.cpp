@@ -29,15 +29,16 @@ PixelMap<float> place_map(const Plan& plan, const Pointers& pointers, int64_t va
   float* base = place.kind == Place::Kind::arena ? pointers.arena + place.offset
                 : pointers.outputs.empty()       ? nullptr
                                                  : pointers.outputs[size_t(place.number)];
-  return {base + place.channel, e.h * e.w * place.channels, e.w * place.channels, place.channels};
+  return {base + place.channel, e.h * e.w * place.channels, e.w * place.channels, place.channels,
+          plan.packed[size_t(value)]};
 }
 
 PixelMap<const float> read_only(const PixelMap<float>& map) {
-  return {map.data, map.stride_n, map.stride_y, map.stride_x};
+  return {map.data, map.stride_n, map.stride_y, map.stride_x, map.packed};
 }
 
 // A map of vectors as one image, a vector to a pixel.
-PixelMap<float> as_image(const PixelMap<float>& map) { return {map.data, 0, 0, map.stride_n}; }
+PixelMap<float> as_image(const PixelMap<float>& map) { return {map.data, 0, 0, map.stride_n, map.packed}; }
 
 template <class T>
 void move_to(PixelMap<T>& map, const PlannedStep::Band& band, int64_t row) {
@@ -88,7 +89,8 @@ StepTask bind_other(const Program& program, const Plan& plan, const PlannedStep&
   }
   t.scale = step.weight(program, 0), t.shift = step.weight(program, 1);
   for (size_t i = 0; i < step.params.size() && i < 9; ++i) t.p[i] = step.params[i];
-  if (step.op == Op::add || step.op == Op::mul || step.op == Op::activate || step.op == Op::affine)
+  if (step.op == Op::add || step.op == Op::mul || step.op == Op::merge || step.op == Op::activate ||
+      step.op == Op::affine)
     t.activation = Activation(step.params[0]), t.slope = float(step.real(1));
   if (planned.band.images) {  // of pooling
     move_to(t.a, planned.band, planned.band.in_row);

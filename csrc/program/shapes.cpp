@@ -6,6 +6,7 @@
 //     avg_pool                     kernel (2), stride (2), padding (2), dilation (2), count_include_pad, ceil_mode
 //     adaptive_avg_pool            output height and width, 0: the input's
 //     add, mul, activate, affine   activation, slope
+//     merge                        the same
 //     slice                        first channel, number of channels
 //     resize                       bilinear, align_corners, by (0: size, 1: the second input's, 2: factor), height,
 //                                  width, factors (2)
@@ -141,6 +142,9 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
     case Op::mul:
       if (!(*second == in || *second == Extent{in.n, in.c, 1, 1}))
         fail("cannot combine values of " + text(in) + " and " + text(*second));
+      return in;
+    case Op::merge:
+      if (second->n != in.n || second->c != in.c) fail("cannot combine values of " + text(in) + " and " + text(*second));
       return in;
     case Op::affine:
     case Op::layer_norm:

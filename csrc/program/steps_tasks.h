@@ -34,4 +34,9 @@ FASTCV_INLINE void each_vector(int64_t channels, const F& f) {
   if (c < channels) f(c, int(channels - c));
 }
 
+// The input coordinate of an output's, nearest resizing; ratio: input pixels for an output pixel.
+FASTCV_INLINE int64_t nearest(int64_t at, float ratio, int64_t size) {
+  return min_of(int64_t(__builtin_floorf(float(at) * ratio)), size - 1);
+}
+
 }  // namespace fastcv::FASTCV_ISA

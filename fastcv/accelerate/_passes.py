@@ -10,6 +10,7 @@ from ._steps import CONVOLUTIONS, Listing, Step
 def shorten(listing: Listing) -> int:
     """Fuse steps in place; returns how many convolutions took up."""
     _interleave(listing)
+    _merge(listing)
     count = len(listing.steps)
     for fuse in (_into_producer, _norm_into_consumer):
         while fuse(listing):
@@ -69,6 +70,24 @@ def _norm_into_consumer(listing: Listing) -> bool:
             del listing.steps[producer]
             return True
     return False
+
+
+def _merge(listing: Listing) -> None:
+    """A sum with what was resized to the other's size, as feature pyramids have it, becomes one step."""
+    made = {step.output: step for step in listing.steps}
+    uses, dead = _uses(listing), []
+    for step in listing.steps:
+        if step.op != "add" or step.params:
+            continue
+        for value, other in (step.inputs, step.inputs[::-1]):
+            resize = made.get(value)
+            if resize is None or resize.op != "resize" or uses[value] != 1 or resize.inputs[1:] != [other]:
+                continue
+            if not resize.params[0]:  # nearest
+                step.op, step.inputs = "merge", [other, resize.inputs[0]]
+                dead.append(resize)
+                break
+    listing.steps[:] = [step for step in listing.steps if step not in dead]
 
 
 def _interleave(listing: Listing) -> None:

@@ -24,7 +24,7 @@ LIBRARY.define("program_profile(int handle) -> Tensor")
 PRECISIONS = ("default", "highest", "bfloat16", "fast")
 
 _version, _place = operator.attrgetter("_version"), Tensor.data_ptr
-_WITH_ACTIVATION = (*CONVOLUTIONS, "add", "mul", "activate", "affine")
+_WITH_ACTIVATION = (*CONVOLUTIONS, "add", "mul", "merge", "activate", "affine")
 
 
 class Settings(NamedTuple):
@@ -144,7 +144,7 @@ class Program(nn.Module):
 
 
 def _params(step: Step) -> list[int]:
-    params = [] if step.op in ("add", "mul") else [_bits(p) if isinstance(p, float) else int(p) for p in step.params]
+    params = [] if step.op in ("add", "mul", "merge") else [_bits(p) if isinstance(p, float) else int(p) for p in step.params]
     if step.op in _WITH_ACTIVATION:
         params += [ACTIVATIONS.index(step.activation), _bits(step.slope)]
     return params

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 # In the order of Op in csrc/program/program.h.
 OPS = (
     "conv", "max_pool", "avg_pool", "adaptive_avg_pool", "add", "mul", "activate", "affine", "cat", "interleave",
-    "slice", "flatten", "resize", "layer_norm", "prelu", "conv_transpose", "max_unpool",
+    "slice", "flatten", "resize", "layer_norm", "prelu", "conv_transpose", "max_unpool", "merge",
 )  # fmt: skip
 CONVOLUTIONS = ("conv", "conv_transpose")  # steps that take up norms, additions and activations
 # In the order of Activation in csrc/conv2d/conv2d.h.

@@ -75,8 +75,8 @@ def program_table(program: Program, *inputs: Tensor) -> str:
             chosen = TRANSPOSED[kernel] if transposed else KERNELS[kernel]
             dtype = torch.bfloat16 if chosen in ("bf16", "amx") else torch.float32
             products = product_limit(threads, dtype)
-            weights = size / 4 - n * (c * h * w + out_c * out_h * out_w)
-            floor = max(work * _products(chosen, transposed) / products, 4 * max(weights, 0) / memory)
+            weights = out_c * (c // groups) * kh * kw
+            floor = max(work * _products(chosen, transposed) / products, 4 * weights / memory)
         else:
             chosen, floor = "", size / memory
         total, bound = total + nanoseconds / 1e3, bound + floor * 1e6

@@ -251,3 +251,25 @@ def test_bfloat16_rounds_operands():
         "none": ["gemm", "gemm", "gemm"],
     }
     assert kernels == expected[fastcv.build_info()["bfloat16_products"]]
+
+
+class Pyramid(nn.Module):
+    """Maps of two sizes, and the smaller one resized and added."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 16, 3, stride=2)
+        self.lateral, self.top, self.last = nn.Conv2d(12, 10, 1), nn.Conv2d(16, 10, 1), nn.Conv2d(10, 5, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        lateral, top = self.lateral(x), self.top(self.down(x))
+        return self.last(lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest"))
+
+
+def test_merge_is_one_step():
+    model = Pyramid().eval()
+    fast = fastcv.accelerate(model)
+    assert_alike(fast, model, torch.randn(2, 3, 25, 40), torch.randn(1, 3, 30, 7))
+    steps = [s.op for s in programs(fast)[0].listing.steps]
+    assert steps.count("merge") == 1 and not {"add", "resize"} & set(steps)
