@@ -69,6 +69,16 @@ FASTCV_INLINE void copy_pixel(const Conv2d& conv, const float* from, int64_t gro
   }
 }
 
+// `count` pixels of three channels, a vector of L / 4 pixels at a time; returns how many of them.
+int64_t copy_colours(const float* from, int64_t count, float* to) {
+  typename VecN<int32_t, L>::type lanes;
+  for (int i = 0; i < L; ++i) lanes[i] = i % 4 == 3 ? L : i / 4 * 3 + i % 4;  // the fourth is zero
+  int64_t x = 0;
+  for (; x * 3 + L <= count * 3; x += L / 4, to += L / 2)
+    store_words(__builtin_shuffle(load(from + x * 3), Vec<float>{}, lanes), L, to);
+  return x;
+}
+
 // n words of each of `count` pixels, side by side.
 void copy_words(const float* from, int64_t step, int64_t count, int64_t n, float* to) {
   if (step == n) n *= count, count = 1;
@@ -105,7 +115,10 @@ void copy_strip(const Conv2d& conv, const Plan& p, int64_t image, int64_t group,
       copy_words(from + (left + first) * conv.input.stride_x, conv.input.stride_x, last - first, channels,
                 row + first * channels);
     } else {
-      for (int64_t x = first; x < last; ++x)
+      const bool colours = kPairs && s.channels == 3 && conv.input.stride_x == 3 && !s.input_norm;
+      int64_t x = first;
+      if (colours) x += copy_colours(from + (left + first) * 3, last - first, row + first * channels);
+      for (; x < last; ++x)
         copy_pixel(conv, from + (left + x) * conv.input.stride_x, group, row + x * channels);
     }
     memset(row + last * channels, 0, size_t((p.strip_w - last) * channels) * sizeof(float));

@@ -2,7 +2,7 @@
 // Where a program may round operands, a kernel that does would round what another writes anyway: stored rounded it is
 // the same to the bit. Only residuals and other sums are rounded where they were not.
 //
-// Packed is what one such kernel, or an addition, writes and only such read. What goes in and out of the program is
+// Packed is what one such kernel, a maximum or a sum writes and only such read. What goes in and out of the program is
 // float32.
 //
 // Measured: see docs/limits.md.
@@ -14,7 +14,7 @@ namespace fastcv::program {
 namespace {
 
 bool reads_and_writes_packed(const PlannedStep& planned, const Step& step) {
-  if (step.op == Op::add || step.op == Op::merge) return true;
+  if (step.op == Op::add || step.op == Op::merge || (step.op == Op::max_pool && !step.params[8])) return true;
   const Conv2dShape& s = planned.shape;
   return planned.conv && std::string("amx") == planned.conv->name && !s.input_norm && s.group_channels() % 2 == 0;
 }

@@ -72,17 +72,13 @@ void step_max_pool(const StepTask& t, int64_t begin, int64_t end) {
               const int64_t y = y0 + i * t.p[6], x = x0 + j * t.p[7];
               if (y < 0 || y >= t.in.h || x < 0 || x >= t.in.w) continue;
               const float* tap = pixel(t.a, image, y, x);
-              const Vec<float> value = load_some(tap + c, n);
-              most = greater_of(value, most);
+              most = greater_of(load_channels(t.a.packed, tap, c, n), most);
               if (count < 64) taps[count++] = tap;
             }
         } else {
-          for (int i = 0; i < count; ++i) {
-            const Vec<float> value = load_some(taps[i] + c, n);
-            most = greater_of(value, most);
-          }
+          for (int i = 0; i < count; ++i) most = greater_of(load_channels(t.a.packed, taps[i], c, n), most);
         }
-        store_some(out + c, most, n);
+        store_channels(t.y.packed, out, c, most, n);
       });
     }
   });
