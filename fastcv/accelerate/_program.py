@@ -144,7 +144,11 @@ class Program(nn.Module):
 
 
 def _params(step: Step) -> list[int]:
-    params = [] if step.op in ("add", "mul", "merge") else [_bits(p) if isinstance(p, float) else int(p) for p in step.params]
+    params = (
+        []
+        if step.op in ("add", "mul", "merge")
+        else [_bits(p) if isinstance(p, float) else int(p) for p in step.params]
+    )
     if step.op in _WITH_ACTIVATION:
         params += [ACTIVATIONS.index(step.activation), _bits(step.slope)]
     return params
