@@ -1,13 +1,16 @@
 """Loads the compiled libraries and owns the operator namespace ``fastcv::``.
 
 Importing never fails. Every operator has a reference implementation in plain PyTorch, registered for all devices; a
-compiled kernel, where its library loaded, takes precedence on its device. What is live is reported by
-:func:`build_info` and ``python -m fastcv info``; a missing CPU library warns once, with the command that mends it.
+compiled kernel, where its library loaded, takes precedence on its device, and on CUDA devices one in Triton where
+there is no compiled one. What is live is reported by :func:`build_info` and ``python -m fastcv info``; a missing CPU
+library warns once, with the command that mends it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +22,14 @@ LIBRARY = torch.library.Library("fastcv", "DEF")
 OPERATORS: dict[str, Callable | None] = {}
 """Name of each operator -> its reference implementation (None where there is none)."""
 
+TRITON: dict[str, str] = {}
+"""Name of each operator with a kernel in Triton -> its module in :mod:`fastcv.triton_kernels`."""
+
 PATCHED: dict[str, dict[str, list[str]]] = {}
 """Package -> what of it is re-pointed; kept by ``fastcv.interop``."""
 
 _load_errors: dict[str, str] = {}
+_from_triton: set[str] = set()
 
 
 def mend_command() -> str:
@@ -71,10 +78,11 @@ def _warn_reference(name: str, device: str) -> None:
     )
 
 
-def define(schema: str, reference: Callable | None) -> str:
+def define(schema: str, reference: Callable | None, *, triton: bool = False) -> str:
     """Define ``fastcv::<schema>`` with its reference implementation; returns the operator's name.
 
-    The reference is registered for every device and used wherever no compiled kernel is.
+    The reference is registered for every device and used wherever no kernel is. ``triton``: the module of
+    :mod:`fastcv.triton_kernels` with the reference's name has a kernel for CUDA devices, used where no compiled one is.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -89,7 +97,26 @@ def define(schema: str, reference: Callable | None) -> str:
             return reference(*args, **kwargs)
 
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        if triton:
+            TRITON[name] = reference.__module__.rpartition(".")[2]
+            if not _has_kernel(name, "CUDA") and importlib.util.find_spec("triton"):
+                LIBRARY.impl(name, triton_kernel(name), "CUDA")
+                _from_triton.add(name)
     return name
+
+
+def triton_kernel(name: str) -> Callable:
+    """The Triton implementation of ``fastcv::name``, imported when first called: triton takes a second."""
+    module = f"{__package__}.triton_kernels.{TRITON[name]}"
+
+    @functools.cache
+    def launcher() -> Callable:
+        return getattr(importlib.import_module(module), name)
+
+    def run(*args, **kwargs):
+        return launcher()(*args, **kwargs)
+
+    return run
 
 
 def _device_of(args) -> str:
@@ -101,10 +128,16 @@ def _device_of(args) -> str:
     return "cpu"
 
 
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcv::{name}", key)
+
+
 def implementation(name: str, device: str) -> str:
-    """``"compiled"``, ``"reference"`` or ``"none"``: what runs ``fastcv::name`` on ``"cpu"`` or ``"cuda"``."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if has_kernel(f"fastcv::{name}", device.upper()):
+    """``"compiled"``, ``"triton"``, ``"reference"`` or ``"none"``: what runs ``fastcv::name`` on ``"cpu"`` or
+    ``"cuda"``."""
+    if device == "cuda" and name in _from_triton:
+        return "triton"
+    if _has_kernel(name, device.upper()):
         return "compiled"
     return "reference" if OPERATORS.get(name) is not None else "none"
 
@@ -116,7 +149,7 @@ def build_info() -> dict:
         dict with ``torch`` (version), ``libraries`` (name -> ``"loaded"`` or the reason why not), ``cpu_isa`` (the
         instruction set in use, None without the compiled part), ``available_isas``, ``bfloat16_products`` (``"amx"``,
         ``"avx512_bf16"`` or ``"none"``: what the processor has for them), ``compiler``, ``threads``,
-        ``operators`` (name -> {"cpu": ..., "cuda": ...}, each ``"compiled"``, ``"reference"`` or ``"none"``) and
+        ``operators`` (name -> {"cpu": ..., "cuda": ...}, each as :func:`implementation` has it) and
         ``patched`` (package -> what of it :func:`fastcv.patch` has re-pointed).
 
     Example:

@@ -89,7 +89,7 @@ def _redirect(name: str):
 
 def _all_devices_compiled(name: str) -> bool:
     """Whether a kernel that is registered for no device in particular slows no device down."""
-    return not torch.accelerator.is_available() or implementation(name, "cuda") == "compiled"
+    return not torch.accelerator.is_available() or implementation(name, "cuda") in ("compiled", "triton")
 
 
 def _register(library: torch.library.Library) -> list[str]:
@@ -101,7 +101,7 @@ def _register(library: torch.library.Library) -> list[str]:
             theirs = f"torchvision::{name}"
             if name not in defined or not torch._C._dispatch_has_kernel(theirs):
                 continue
-            if not has_kernel(theirs, device) or implementation(name, device.lower()) != "compiled":
+            if not has_kernel(theirs, device) or implementation(name, device.lower()) not in ("compiled", "triton"):
                 continue
             kernel = _redirect(name)
             keys = [device]
@@ -167,7 +167,7 @@ def is_plain_pyramid(maps, scales, mapper) -> bool:
 
 
 _originals: dict[str, types.FunctionType] = {}
-_devices = tuple(d for d in ("cpu", "cuda") if implementation("nms", d) == "compiled")
+_devices = tuple(d for d in ("cpu", "cuda") if implementation("nms", d) in ("compiled", "triton"))
 
 
 class _Swap:

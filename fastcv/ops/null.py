@@ -1,6 +1,7 @@
 """The smallest operator, a template for new ones: schema, function, fake kernel, derivatives.
 
-Its other files: ``csrc/null/``, ``fastcv/reference/null.py``, ``tests/ops/test_null.py``.
+Its other files: ``csrc/null/``, ``fastcv/reference/null.py``, ``fastcv/triton_kernels/null.py``,
+``tests/ops/test_null.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .._library import LIBRARY, define
 from ._autograd import register_autograd
 from ._checks import check_floating
 
-define("null(Tensor x) -> Tensor", reference.null.null)
+define("null(Tensor x) -> Tensor", reference.null.null, triton=True)
 
 
 def null(x: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""CUDA kernels without a GPU: the operators' own tests on the host, and what the assembler says of them."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import KERNEL_TESTS, ROOT, run_python
+
+SOURCES = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
+# Tests beside those of the operator with the file's name.
+ALSO = {"nms": ["nms_padded"], "roi_align": ["multiscale_roi_align"]}
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    """The library of all kernels, compiled by the host's compiler."""
+    tools = [
+        shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name) for name in ("cmake", "ninja")
+    ]
+    if not all(tools):
+        pytest.skip("needs cmake and ninja")
+    folder = tmp_path_factory.mktemp("cuda_emulation")
+    torch_folder = Path(torch.__file__).parent
+    for arguments in (
+        ["-S", ROOT / "tests/cuda_emulation", "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools[1]}",
+         f"-DFASTCV_TORCH_DIR={torch_folder}"],
+        ["--build", folder],
+    ):  # fmt: skip
+        result = subprocess.run([tools[0], *map(str, arguments)], capture_output=True, text=True)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+        assert "warning:" not in result.stdout, result.stdout[-6000:]
+    return folder / "cuda_emulation.so"
+
+
+@pytest.mark.parametrize("stem", [path.stem.removesuffix("_cuda") for path in SOURCES])
+def test_passes_the_operators_tests(stem, emulation):
+    files = [str(ROOT / f"tests/ops/test_{name}.py") for name in (stem, *ALSO.get(stem, []))]
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "backends.cuda_emulation", "-o", "addopts="]
+    paths = [ROOT, ROOT / "tests"]
+    environment = {"FASTCV_CUDA_EMULATION": str(emulation)}
+    result = run_python([*arguments, "-k", KERNEL_TESTS, *files], paths=paths, environment=environment)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0 and " passed" in output, output[-6000:]
+    assert int(re.search(r"launches of CUDA kernels: (\d+)", output)[1]) > 0
+
+
+def resource_usage() -> dict[str, dict[str, int]]:
+    """Of each kernel of the built library and each architecture: registers, stack, shared memory."""
+    triton = importlib.util.find_spec("triton")
+    if not (ROOT / "fastcv/_C_cuda.so").exists() or not triton:
+        pytest.skip("needs the compiled CUDA part, and cuobjdump, which comes with Triton")
+    library, tool = ROOT / "fastcv/_C_cuda.so", Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
+    usage, architecture = {}, ""
+    for line in text.splitlines():
+        if found := re.match(r"arch = (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.match(r" Function (\S+):", line):
+            function = f"{found[1]} {architecture}"
+        elif found := re.findall(r"\b(REG|STACK|SHARED):(\d+)", line):
+            usage[function] = {name: int(value) for name, value in found}
+    return usage
+
+
+def test_no_register_is_spilled():
+    usage = resource_usage()
+    assert len({name.split()[1] for name in usage}) >= 4  # architectures
+    assert {name: numbers["STACK"] for name, numbers in usage.items() if numbers["STACK"]} == {}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_launches_go_through_one_function(source):
+    """What the emulation cannot compile: launches in triple brackets, and raw PTX."""
+    text = source.read_text()
+    assert "<<<" not in text and "asm" not in re.findall(r"\w+", text)
