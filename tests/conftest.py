@@ -25,6 +25,8 @@ KERNEL_TESTS = (
     "and not slow and not big and not large and not many and not memory and not threads "
     "and not ensemble"
 )
+# And those of its gradients: what a kernel for another device must pass.
+DEVICE_TESTS = KERNEL_TESTS.replace("and not grad ", "")
 
 
 def pytest_make_parametrize_id(val):

@@ -4,7 +4,7 @@ import importlib
 import re
 
 import pytest
-from conftest import KERNEL_TESTS, ROOT, run_python
+from conftest import DEVICE_TESTS, ROOT, run_python
 
 from fastcv import _library
 
@@ -20,7 +20,7 @@ def test_passes_the_operators_tests(stem):
     files = [str(path) for path in sorted((ROOT / "tests/ops").glob(f"test_{stem}*.py"))]
     arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "backends.triton_interpreter", "-o", "addopts="]
     paths = [ROOT, ROOT / "tests"]
-    result = run_python([*arguments, "-k", KERNEL_TESTS, *files], paths=paths, environment={"TRITON_INTERPRET": "1"})
+    result = run_python([*arguments, "-k", DEVICE_TESTS, *files], paths=paths, environment={"TRITON_INTERPRET": "1"})
     output = result.stdout + result.stderr
     assert result.returncode == 0 and " passed" in output, output[-6000:]
     called = re.search("calls of Triton kernels: (.*)", output)[1]

@@ -48,7 +48,7 @@ __device__ T* dynamic_shared() {
 
 // ---- on the host ----------------------------------------------------------------------------------------------------
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTCV_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastcv: ", cudaGetErrorString(error));
@@ -96,8 +96,9 @@ class Stream {
 };
 
 // Uninitialised, on the device of another tensor.
-inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
+inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype,
+                       MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
 
 // The first element of a tensor; waits for it.

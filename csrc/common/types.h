@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Of functions that CUDA kernels call too.
+#if defined(__CUDACC__)
+#define FASTCV_HOST_DEVICE __host__ __device__
+#else
+#define FASTCV_HOST_DEVICE
+#endif
+
 namespace fastcv {
 
 // IEEE binary16 and bfloat16 as they lie in memory; arithmetic is always done in float.

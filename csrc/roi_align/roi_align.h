@@ -41,8 +41,8 @@ struct RoiAxis {
   Coordinate start, bin;
   int64_t grid;  // samples per bin; 0: none (an empty or non-finite region)
 
-  RoiAxis(Coordinate low, Coordinate high, Coordinate scale, Coordinate offset, bool at_least_one_pixel,
-          int64_t bins, int64_t sampling_ratio) {
+  FASTCV_HOST_DEVICE RoiAxis(Coordinate low, Coordinate high, Coordinate scale, Coordinate offset,
+                             bool at_least_one_pixel, int64_t bins, int64_t sampling_ratio) {
     start = low * scale - offset;
     Coordinate extent = high * scale - offset - start;
     if (at_least_one_pixel && extent < 1) extent = 1;
@@ -55,62 +55,98 @@ struct RoiAxis {
   }
 
   // At most so many taps per bin on a map of `size` pixels.
-  int64_t taps_per_bin(int64_t size) const {
+  FASTCV_HOST_DEVICE int64_t taps_per_bin(int64_t size) const {
     int64_t most = 2 * grid;
     if (std::abs(bin) <= Coordinate(grid) && grid + 3 < most) most = grid + 3;  // samples at most a pixel apart
     return most < size ? most : size;
   }
+
+  FASTCV_HOST_DEVICE Coordinate bin_start(int64_t p) const { return start + Coordinate(p) * bin; }
+
+  // Of bin p the samples from *first to *last, without those that are surely outside the map.
+  FASTCV_HOST_DEVICE void sample_range(int64_t p, int64_t size, int64_t* first, int64_t* last) const {
+    *first = 0, *last = size > 0 ? grid : 0;
+    if (!(bin > 0 && grid > 4)) return;
+    const double step = double(bin) / double(grid), slack = 2 + 1e-5 * double(grid), at = double(bin_start(p));
+    const double low = (-1 - at) / step - slack, high = (double(size) - at) / step + slack;
+    if (low > 0) *first = low < double(*last) ? int64_t(low) : *last;
+    if (high < double(*last)) *last = high > 0 ? int64_t(high) : 0;
+  }
+
+  // The two pixels between which sample i of bin p lies, and how far it is from the lower to the higher; false: outside.
+  FASTCV_HOST_DEVICE bool sample(int64_t p, int64_t i, int64_t size, int32_t* low, int32_t* high,
+                                 Coordinate* fraction) const {
+    Coordinate at = bin_start(p) + (Coordinate(i) + Coordinate(0.5)) * bin / Coordinate(grid);
+    if (!(at >= -1 && at <= Coordinate(size))) return false;
+    if (at < 0) at = 0;
+    *low = int32_t(at), *high = *low + 1;
+    if (*low >= size - 1) {
+      *low = *high = int32_t(size - 1);
+      at = Coordinate(*low);
+    }
+    *fraction = at - Coordinate(*low);
+    return true;
+  }
 };
+
+// Appends the taps of samples i to `last` of bin p at `first`; returns their end.
+template <class Coordinate, class W>
+FASTCV_HOST_DEVICE Tap<W>* append_samples(const RoiAxis<Coordinate>& axis, int64_t p, int64_t size, int64_t i,
+                                          int64_t last, Tap<W>* const first) {
+  const Coordinate inverse = axis.grid > 0 ? 1 / Coordinate(axis.grid) : 0;
+  Tap<W>* taps = first;
+  const auto add = [&](int32_t index, Coordinate weight) {
+    for (Tap<W>* tap = taps; tap > first && tap > taps - 2;)
+      if ((--tap)->index == index) {
+        tap->weight += W(weight);
+        return;
+      }
+    *taps++ = {index, W(weight)};
+  };
+  for (; i < last; ++i) {
+    int32_t low, high;
+    Coordinate fraction;
+    if (!axis.sample(p, i, size, &low, &high, &fraction)) continue;
+    // The further one in the direction of travel comes last, so that the next sample finds what it shares with this
+    // one among the last two taps: no index appears twice in a bin, which taps_per_bin() counts on.
+    if (axis.bin >= 0) {
+      add(low, (1 - fraction) * inverse);
+      add(high, fraction * inverse);
+    } else {
+      add(high, fraction * inverse);
+      add(low, (1 - fraction) * inverse);
+    }
+  }
+  return taps;
+}
 
 // Appends the taps of all bins at `taps` and their bounds at `begin` (bins + 1 numbers, relative to `base`);
 // returns the end of the taps.
 template <class Coordinate, class W>
 Tap<W>* append_taps(const RoiAxis<Coordinate>& axis, int64_t bins, int64_t size, Tap<W>* taps, Tap<W>* base,
                     int32_t* begin) {
-  const Coordinate inverse = axis.grid > 0 ? 1 / Coordinate(axis.grid) : 0;
   for (int64_t p = 0; p < bins; ++p) {
-    Tap<W>* const first = taps;
-    begin[p] = int32_t(first - base);
-    const Coordinate bin_start = axis.start + Coordinate(p) * axis.bin;
-    int64_t i = 0, last = size > 0 ? axis.grid : 0;
-    if (axis.bin > 0 && axis.grid > 4) {  // skip samples that are surely outside the map
-      const double step = double(axis.bin) / double(axis.grid), slack = 2 + 1e-5 * double(axis.grid);
-      const double low = (-1 - double(bin_start)) / step - slack,
-                   high = (double(size) - double(bin_start)) / step + slack;
-      if (low > 0) i = low < double(last) ? int64_t(low) : last;
-      if (high < double(last)) last = high > 0 ? int64_t(high) : 0;
-    }
-    const auto add = [&](int32_t index, Coordinate weight) {
-      for (Tap<W>* tap = taps; tap > first && tap > taps - 2;)
-        if ((--tap)->index == index) {
-          tap->weight += W(weight);
-          return;
-        }
-      *taps++ = {index, W(weight)};
-    };
-    for (; i < last; ++i) {
-      Coordinate at = bin_start + (Coordinate(i) + Coordinate(0.5)) * axis.bin / Coordinate(axis.grid);
-      if (!(at >= -1 && at <= Coordinate(size))) continue;
-      if (at < 0) at = 0;
-      int32_t low = int32_t(at), high = low + 1;
-      if (low >= size - 1) {
-        low = high = int32_t(size - 1);
-        at = Coordinate(low);
-      }
-      const Coordinate fraction = at - Coordinate(low);
-      // The further one in the direction of travel comes last, so that the next sample finds what it shares with this
-      // one among the last two taps: no index appears twice in a bin, which taps_per_bin() counts on.
-      if (axis.bin >= 0) {
-        add(low, (1 - fraction) * inverse);
-        add(high, fraction * inverse);
-      } else {
-        add(high, fraction * inverse);
-        add(low, (1 - fraction) * inverse);
-      }
-    }
+    begin[p] = int32_t(taps - base);
+    int64_t first, last;
+    axis.sample_range(p, size, &first, &last);
+    taps = append_samples(axis, p, size, first, last, taps);
   }
   begin[bins] = int32_t(taps - base);
   return taps;
+}
+
+// The level of equation 1 in Lin et al. (FPN, CVPR 2017): the finest one that is coarse enough, else the last, which is
+// the coarsest; a region without a positive area goes to the finest. number_of(i): -log2 of level i's scale, rounded.
+// Where each level halves the one before, this is torchvision's assignment.
+template <class C, class F>
+FASTCV_HOST_DEVICE int32_t roi_level(const C* roi, int32_t last, int64_t canonical_scale, int64_t canonical_level,
+                                     const F& number_of) {
+  if (last == 0) return 0;
+  const C size = std::sqrt((roi[3] - roi[1]) * (roi[4] - roi[2]));
+  const C level = std::floor(C(canonical_level) + std::log2(size / C(canonical_scale)) + C(1e-6));
+  for (int32_t i = 0; i < last; ++i)
+    if (!(level > C(number_of(i)))) return i;
+  return last;
 }
 
 // Regions of one call in the order of visit, their taps, and the tensors.

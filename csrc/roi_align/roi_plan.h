@@ -19,7 +19,7 @@ struct RoiGeometry {
   int64_t images, pooled_height, pooled_width, sampling_ratio = 0;
   double offset = 0;                // subtracted from scaled coordinates: half a pixel where aligned
   bool at_least_one_pixel = false;  // regions under a pixel are widened to one
-  int64_t canonical_scale = 0, canonical_level = 0;  // with several levels (Lin et al., FPN, CVPR 2017, equation 1)
+  int64_t canonical_scale = 0, canonical_level = 0;  // with several levels
 };
 
 template <class W>
@@ -30,19 +30,6 @@ struct RoiPlan {
   Scratch<Tap<W>> taps;
   int64_t total_taps = 0;         // products of row and column taps over all bins: the work per channel
 };
-
-// The level of equation 1: the finest one that is coarse enough, else the coarsest; a region without a positive area
-// goes to the finest. Where each level halves the one before, this is torchvision's assignment.
-template <class C>
-int32_t roi_level(const C* roi, const RoiGeometry& g) {
-  const int32_t last = int32_t(g.levels.size()) - 1;
-  if (last == 0) return 0;
-  const C size = std::sqrt((roi[3] - roi[1]) * (roi[4] - roi[2]));
-  const C level = std::floor(C(g.canonical_level) + std::log2(size / C(g.canonical_scale)) + C(1e-6));
-  for (int32_t i = 0; i < last; ++i)
-    if (!(level > C(std::round(-std::log2(g.levels[i].scale))))) return i;
-  return last;
-}
 
 inline int64_t roi_image(double value, int64_t row, int64_t images) {
   STD_TORCH_CHECK(value >= 0 && value < double(images), "boxes: row ", row, " has batch index ", value,
@@ -70,7 +57,8 @@ RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g, c
   for (int64_t k = 0; k < count; ++k) {
     const C* roi = rois + 5 * k;
     const int64_t image = roi_image(double(roi[0]), k, g.images);
-    level_of[k] = roi_level(roi, g);
+    level_of[k] = roi_level(roi, int32_t(g.levels.size()) - 1, g.canonical_scale, g.canonical_level,
+                            [&](int32_t i) { return std::round(-std::log2(g.levels[i].scale)); });
     const uint64_t group = uint64_t(level_of[k] * g.images + image);
     order[k] = {group << 24 | place_key(roi, g.levels[level_of[k]].scale), int32_t(k)};
     ++plan.group[group + 1];

@@ -4,7 +4,7 @@ Defined on every path alike:
 
 * a sample more than a pixel outside the map counts as 0; a region with an infinite or NaN coordinate gives 0;
 * an inverted region is sampled backwards with a fixed ``sampling_ratio`` and gives 0 with an adaptive one;
-* a batch index that is no image raises;
+* a batch index that is no image raises; on CUDA devices, where that would wait for the device, its region is NaN;
 * features and boxes may differ in type; sums are in float32 (float64 for float64 features), coordinates in float32
   (float64 where boxes or features are), so half-precision features lose nothing in the coordinates.
 """
@@ -23,11 +23,13 @@ define(
     "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio, bool aligned) -> Tensor",
     reference.roi_align.roi_align,
+    triton=True,
 )
 define(
     "roi_align_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "SymInt batch_size, SymInt channels, SymInt height, SymInt width, int sampling_ratio, bool aligned) -> Tensor",
     reference.roi_align.roi_align_backward,
+    triton=True,
 )
 
 
@@ -60,7 +62,7 @@ def roi_align(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
-        RuntimeError: a batch index outside 0 to N - 1.
+        RuntimeError: a batch index outside 0 to N - 1 (on the CPU).
 
     Example:
         >>> import torch, fastcv

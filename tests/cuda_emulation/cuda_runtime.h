@@ -28,6 +28,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // one block runs at a time
 
 struct uint3 {
@@ -249,6 +250,22 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return votes;
 }
+template <class Reduce>
+unsigned reduce_lanes(unsigned mask, unsigned value, const Reduce& reduce) {
+  emulation::Machine& m = emulation::machine();
+  m.exchange(mask, value, m.lane());
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    const size_t t = m.current / 32 * 32 + lane;
+    if (mask >> lane & 1 && t < m.threads) value = reduce(value, unsigned(m.fibers[t].taken));
+  }
+  return value;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return reduce_lanes(mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; });
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return reduce_lanes(mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 inline int __syncthreads_count(int predicate) {
@@ -282,6 +299,12 @@ template <class T>
 T atomicOr(T* p, T value) {
   const T old = *p;
   *p = old | value;
+  return old;
+}
+template <class T>
+T atomicMin(T* p, T value) {
+  const T old = *p;
+  *p = value < old ? value : old;
   return old;
 }
 template <class T>

@@ -246,7 +246,7 @@ def test_like_torchvision(dtype):
 
 
 @pytest.mark.parametrize("index", [-1.0, -0.5, 2.0, 7.0, 1e30, NAN, INF, -INF])
-def test_batch_index_outside(index):
+def test_batch_index_outside_raises(index):
     boxes = torch.tensor([[0.0, 0, 0, 4, 4], [index, 0, 0, 4, 4], [5.0, 0, 0, 4, 4]])
     with pytest.raises(RuntimeError, match=r"boxes: row 1 has batch index .*expected 0 to 1"):
         roi_align(torch.zeros(2, 3, 8, 9), boxes, 2)
@@ -257,7 +257,7 @@ def test_batch_index_outside(index):
         mapped(torch.zeros(4, 2, 3, 8, 9))
 
 
-def test_batch_index_outside_where_there_is_nothing_to_compute():
+def test_batch_index_outside_raises_where_there_is_nothing_to_compute():
     boxes = torch.tensor([[1.0, 0, 0, 4, 4]])
     with pytest.raises(RuntimeError, match="boxes: row 0 has batch index"):
         roi_align(torch.zeros(1, 0, 8, 9), boxes, 2)
