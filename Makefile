@@ -1,9 +1,10 @@
-# make demo | test | test-slow | lint | bench | bench-models | setup | clean
+# make demo | test | test-emulated | test-slow | test-gpu | lint | bench | bench-gpu | bench-models | setup | clean
 #
 # Each target makes its own .venv with everything in it. Variables:
 #   PYTHON      the interpreter (default: the first of python3, python3.13 .. python3.10 that will do)
 #   TORCH_SPEC  which torch and torchvision to install
 #   FASTCV_CUDA auto (CUDA part where nvcc is found), on, off
+#   GPU_PYTHON  of test-gpu and bench-gpu: an interpreter that has torch, pytest, cmake, ninja and pybind11 (default: python3)
 
 SHELL := /bin/bash
 TORCH_SPEC ?= torch==2.14.1 torchvision==0.29.1
@@ -17,7 +18,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 DEPENDENCIES := $(VENV)/.dependencies-$(shell echo '$(TORCH_SPEC) $(FACENET_SPEC)' | cksum | cut -d' ' -f1)
 BUILT := $(VENV)/.built-$(or $(FASTCV_CUDA),auto)
 
-.PHONY: setup demo test test-slow lint bench bench-models clean
+.PHONY: setup demo test test-emulated test-slow test-gpu lint bench bench-gpu bench-models clean
 .DEFAULT_GOAL := setup
 
 setup: $(BUILT)
@@ -26,10 +27,41 @@ demo: $(BUILT)
 	$(RUN) -m fastcv.demo
 
 test: $(BUILT)
-	$(RUN) -m pytest -m "not slow" --cov=fastcv --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(RUN) -m pytest -m "not slow and not emulated" --cov=fastcv --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+# Kernels for GPUs, without one: CUDA's compiled for the host, Triton's in its interpreter and ahead of time.
+test-emulated: $(BUILT)
+	$(RUN) -m pytest -m emulated -n 2
 
 test-slow: $(BUILT)
 	$(RUN) -m pytest
+
+# On a machine with a GPU, with what $(GPU_PYTHON) has: nothing is installed, and no network is needed.
+GPU_PYTHON ?= python3
+GPU_BUILD := build/gpu
+GPU_TESTS = PYTHONPATH=.:tests $(GPU_PYTHON) -m pytest -p no:cacheprovider -p backends.gpu -o addopts= -q \
+  -k "$$(PYTHONPATH=tests $(GPU_PYTHON) -c 'import conftest; print(conftest.DEVICE_TESTS)')"
+SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all
+
+$(GPU_BUILD)/.built: $(SOURCES)
+	cmake -S . -B $(GPU_BUILD) -G Ninja -DFASTCV_CUDA=on -DFASTCV_OUTPUT_DIR=$(CURDIR)/fastcv \
+	  -DFASTCV_TORCH_DIR=$$($(GPU_PYTHON) -c 'import torch, os; print(os.path.dirname(torch.__file__))') \
+	  -DPython_EXECUTABLE=$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)') \
+	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) \
+	  -DFASTCV_CUDA_ARCHITECTURES=$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+	cmake --build $(GPU_BUILD)
+	@touch $@
+
+test-gpu: $(GPU_BUILD)/.built
+	$(GPU_PYTHON) -m fastcv info
+	$(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/test_gpu.py
+	$(GPU_TESTS) tests/ops
+	FASTCV_TEST_TRITON=1 $(GPU_TESTS) tests/ops
+	$(SANITIZER) --tool memcheck $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "never_waits or stream"
+	$(SANITIZER) --tool racecheck $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "never_waits or stream"
+
+bench-gpu: $(GPU_BUILD)/.built
+	$(GPU_PYTHON) -m benchmarks --device cuda
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .

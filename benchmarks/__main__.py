@@ -14,9 +14,10 @@ from benchmarks import harness, report
 HERE = Path(__file__).resolve().parent
 
 
-def find_cases(only: str) -> list[harness.Case]:
-    """The cases of all ``bench_*.py`` whose operator's name contains ``only``."""
-    modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in sorted(HERE.glob("bench_*.py"))]
+def find_cases(only: str, device: str = "cpu") -> list[harness.Case]:
+    """The cases of all ``bench_*.py`` whose operator's name contains ``only``; of ``gpu.py`` for a GPU."""
+    names = [path.stem for path in sorted(HERE.glob("bench_*.py"))] if device == "cpu" else ["gpu"]
+    modules = [importlib.import_module(f"benchmarks.{name}") for name in names]
     return [case for module in modules for case in module.CASES if only in case.operator]
 
 
@@ -24,11 +25,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default="", help="operators whose name contains this")
     parser.add_argument("--quick", action="store_true", help="few rounds and no long cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's")
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for cpu.json, cpu.md and cpu.png; default: benchmarks/results, and nothing "
+        help="folder for the device's .json, .md and .png; default: benchmarks/results, and nothing "
         "for a partial run (--only, --quick)",
     )
     return parser.parse_args(arguments)
@@ -38,14 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    cases = find_cases(options.only)
+    cases = find_cases(options.only, options.device)
     if not cases:
         print(f"no operator's name contains {options.only!r}", file=sys.stderr)
         return 1
-    environment = harness.environment()
+    environment = harness.environment(options.device)
     print(report.title(environment), flush=True)
     results = []
-    for result in harness.run(cases, quick=options.quick):
+    for result in harness.run(cases, quick=options.quick, device=options.device):
         results.append(result)
         times = [f"{n} {report.format_seconds(t.median)}" for n, t in result.times.items()]
         ratio = report.format_ratio(result.ratio)
@@ -54,10 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     if folder is None and not (options.only or options.quick):
         folder = HERE / "results"
     if folder is not None:
-        report.save_json(folder / "cpu.json", results, environment)
-        report.save_table(folder / "cpu.md", results, environment)
-        report.save_chart(folder / "cpu.png", results, environment)
-        print(f"written: {folder}/cpu.json, cpu.md, cpu.png")
+        name = {"cpu": "cpu", "cuda": "gpu"}[options.device]
+        report.save_json(folder / f"{name}.json", results, environment)
+        report.save_table(folder / f"{name}.md", results, environment)
+        report.save_chart(folder / f"{name}.png", results, environment)
+        print(f"written: {folder}/{name}.json, {name}.md, {name}.png")
     slower = [result for result in results if result.ratio < 1]
     print(f"{len(results)} cases, fastcv is slower in {len(slower)}")
     return 0

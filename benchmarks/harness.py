@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 import fastcv
 
@@ -54,9 +55,9 @@ class Case:
     def name(self) -> str:
         return f"{self.operator}: {self.shape}"
 
-    def prepare(self) -> dict[str, Thunk]:
+    def prepare(self, device: str = "cpu") -> dict[str, Thunk]:
         """The functions to time, after they gave the same results."""
-        inputs = self.inputs()
+        inputs = tree_map_only(torch.Tensor, lambda x: _moved(x, device), self.inputs())
         thunks = {name: prepare(*inputs) for name, prepare in self.contenders.items()}
         results = {name: thunk() for name, thunk in thunks.items()}
         _, expected, *_ = results
@@ -73,6 +74,10 @@ class Case:
                 torch.testing.assert_close(result, expected, rtol=self.tolerance, atol=self.tolerance, equal_nan=True)
         except AssertionError as error:
             raise AssertionError(f"{self.name}: {name} disagrees with the second contender: {error}") from error
+
+
+def _moved(x: torch.Tensor, device: str) -> torch.Tensor:
+    return x if x.device.type == device else x.detach().to(device).requires_grad_(x.requires_grad)
 
 
 def forward(function: Callable) -> Callable[..., Thunk]:
@@ -121,9 +126,12 @@ class Times:
 def _sample(thunk: Thunk, calls: int, warm: bool = False) -> float:
     if warm:
         thunk()
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     start = time.perf_counter()
     for _ in range(calls):
         thunk()
+    wait()
     return (time.perf_counter() - start) / calls
 
 
@@ -173,12 +181,12 @@ class Result:
         return self.times[self.baseline].median / ours.median
 
 
-def run(cases: list[Case], *, quick: bool) -> Iterator[Result]:
+def run(cases: list[Case], *, quick: bool, device: str = "cpu") -> Iterator[Result]:
     budget, least_rounds = (0.4, 3) if quick else (3.0, 7)
     for case in cases:
         if quick and not case.quick:
             continue
-        thunks = case.prepare()
+        thunks = case.prepare(device)
         yield Result(case.operator, case.shape, measure(thunks, budget, least_rounds))
 
 
@@ -195,14 +203,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a measurement depends on."""
     from importlib.metadata import version
 
     info = fastcv.build_info()
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "device": device,
+        "processor": _processor() if device == "cpu" else torch.cuda.get_device_name(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": len(_affinity()),
         "threads": torch.get_num_threads(),

@@ -9,6 +9,8 @@ from pathlib import Path
 from benchmarks.harness import Result, Times
 from fastcv._files import replacing
 
+WHERE, MAKE = {"cpu": "the CPU", "cuda": "the GPU"}, {"cpu": "bench", "cuda": "bench-gpu"}
+
 
 def title(environment: dict) -> str:
     """Where and with what, in two lines."""
@@ -43,14 +45,14 @@ def save_json(path: Path, results: list[Result], environment: dict) -> None:
 
 def save_table(path: Path, results: list[Result], environment: dict) -> None:
     lines = [
-        "# Measured on the CPU",
+        f"# Measured on {WHERE[environment.get('device', 'cpu')]}",
         "",
         *title(environment).split("\n"),
         "",
         "Times are medians, with the 20th and 80th percentile. Contenders gave the same results "
         "and took turns in one process. The ratio says how many times faster fastcv is; below 1 "
         "it is slower. The chart and the command line show the ratio to the fastest of the others. "
-        "`make bench` writes this file.",
+        f"`make {MAKE[environment.get('device', 'cpu')]}` writes this file.",
     ]
     operator = None
     for result in results:
@@ -104,7 +106,8 @@ def save_chart(path: Path, results: list[Result], environment: dict) -> None:
     axes.grid(axis="x", color="#e4e4e4", zorder=0)
     axes.set_xlabel("times as fast; a dot is one shape, red left of 1 is slower", fontsize=8)
     axes.set_title(title(environment), fontsize=8, loc="left")
-    figure.suptitle("fastcv on the CPU against the operators that it replaces", fontsize=12)
+    where = WHERE[environment.get("device", "cpu")]
+    figure.suptitle(f"fastcv on {where} against the operators that it replaces", fontsize=12)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,11 +79,13 @@ def _warn_reference(name: str, device: str) -> None:
     )
 
 
-def define(schema: str, reference: Callable | None, *, triton: bool = False) -> str:
+def define(schema: str, reference: Callable | None, *, triton: bool = False, torch_has_kernel: bool = False) -> str:
     """Define ``fastcv::<schema>`` with its reference implementation; returns the operator's name.
 
     The reference is registered for every device and used wherever no kernel is. ``triton``: the module of
     :mod:`fastcv.triton_kernels` with the reference's name has a kernel for CUDA devices, used where no compiled one is.
+    ``torch_has_kernel``: on those the reference is a kernel of torch's (cuDNN's, say) and not slow. Then Triton's is used
+    where ``FASTCV_TRITON=all`` asks for it, until a measurement on such a device says that it is faster.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -92,14 +95,15 @@ def define(schema: str, reference: Callable | None, *, triton: bool = False) -> 
         @functools.wraps(reference)
         def run(*args, **kwargs):
             device = _device_of(args)
-            if device != "cpu" and not torch.compiler.is_compiling():
+            if device != "cpu" and not torch_has_kernel and not torch.compiler.is_compiling():
                 _warn_reference(name, device)
             return reference(*args, **kwargs)
 
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if triton:
             TRITON[name] = reference.__module__.rpartition(".")[2]
-            if not _has_kernel(name, "CUDA") and importlib.util.find_spec("triton"):
+            wanted = not torch_has_kernel or os.environ.get("FASTCV_TRITON") == "all"
+            if wanted and not _has_kernel(name, "CUDA") and importlib.util.find_spec("triton"):
                 LIBRARY.impl(name, triton_kernel(name), "CUDA")
                 _from_triton.add(name)
     return name

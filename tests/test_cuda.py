@@ -16,7 +16,7 @@ SOURCES = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
 ALSO = {"nms": ["nms_padded"], "roi_align": ["multiscale_roi_align"]}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def emulation(tmp_path_factory):
     """The library of all kernels, compiled by the host's compiler."""
     scripts = sysconfig.get_path("scripts")
@@ -36,6 +36,7 @@ def emulation(tmp_path_factory):
     return folder / "cuda_emulation.so"
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("operator", sorted({path.parent.name for path in SOURCES}))
 def test_passes_the_operators_tests(operator, emulation):
     files = [str(ROOT / f"tests/ops/test_{name}.py") for name in (operator, *ALSO.get(operator, []))]
@@ -48,13 +49,14 @@ def test_passes_the_operators_tests(operator, emulation):
     assert int(re.search(r"launches of CUDA kernels: (\d+)", output)[1]) > 0
 
 
+@pytest.mark.emulated
 def test_regions_of_no_image(emulation):
     """A kernel cannot raise: what was asked of no image is NaN, and gives no gradient."""
     script = f"""
 import torch, fastcv
 torch.ops.load_library({str(emulation)!r})
 x = torch.ones(2, 3, 8, 8, requires_grad=True)
-boxes = torch.tensor([[0.0, 0, 0, 4, 4], [2, 0, 0, 4, 4], [-1, 0, 0, 4, 4], [float("nan"), 0, 0, 4, 4], [1, 0, 0, 4, 4]])
+boxes = torch.tensor([[float(image), 0, 0, 4, 4] for image in (0, 2, -1, "nan", 1)])
 y = fastcv.ops.roi_align(x, boxes, 2)
 assert y[[0, 4]].eq(1).all() and y[1:4].isnan().all()
 y.backward(torch.ones_like(y))
@@ -64,28 +66,15 @@ assert abs(x.grad.sum() - 2 * 3 * 4) < 1e-4
     assert result.returncode == 0, result.stderr
 
 
-def resource_usage() -> dict[str, dict[str, int]]:
-    """Of each kernel of the built library and each architecture: registers, stack, shared memory."""
-    triton = importlib.util.find_spec("triton")
-    if not (ROOT / "fastcv/_C_cuda.so").exists() or not triton:
-        pytest.skip("needs the compiled CUDA part, and cuobjdump, which comes with Triton")
-    library, tool = ROOT / "fastcv/_C_cuda.so", Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
-    usage, architecture = {}, ""
-    for line in text.splitlines():
-        if found := re.match(r"arch = (sm_\w+)", line):
-            architecture = found[1]
-        elif found := re.match(r" Function (\S+):", line):
-            function = f"{found[1]} {architecture}"
-        elif found := re.findall(r"\b(REG|STACK|SHARED):(\d+)", line):
-            usage[function] = {name: int(value) for name, value in found}
-    return usage
-
-
 def test_no_register_is_spilled():
-    usage = resource_usage()
-    assert len({name.split()[1] for name in usage}) >= 4  # architectures
-    assert {name: numbers["STACK"] for name, numbers in usage.items() if numbers["STACK"]} == {}
+    library = ROOT / "fastcv/_C_cuda.so"
+    if not library.exists() or not importlib.util.find_spec("triton"):
+        pytest.skip("needs the compiled CUDA part, and cuobjdump, which comes with Triton")
+    from benchmarks.gpu_kernels import cuda_usage
+
+    usage = cuda_usage(library)
+    assert len({capability for numbers in usage.values() for capability in numbers}) >= 4
+    assert {name: n for name, n in usage.items() if any(stack for _, stack, _ in n.values())} == {}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

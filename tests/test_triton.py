@@ -9,6 +9,7 @@ from conftest import DEVICE_TESTS, ROOT, run_python
 from fastcv import _library
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.emulated
 
 STEMS = sorted(set(_library.TRITON.values()))
 CAPABILITIES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # with the shared memory that a block may have

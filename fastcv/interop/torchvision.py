@@ -35,6 +35,10 @@ from .._library import cpu_loaded, implementation, mend_command
 if TYPE_CHECKING:
     from torchvision.ops.poolers import LevelMapper
 
+# Where kernels were measured to be faster than torchvision's. Those for CUDA devices have not been timed on one yet:
+# fastcv.ops uses them, and torchvision keeps its own.
+DEVICES = ("cpu",)
+
 # Operators without a gradient are re-pointed below autograd, so that graphs keep torchvision's
 # node; those with one above it, so that their derivatives are fastcv's too.
 OPERATORS = {
@@ -87,21 +91,16 @@ def _redirect(name: str):
     return kernel
 
 
-def _all_devices_compiled(name: str) -> bool:
-    """Whether a kernel that is registered for no device in particular slows no device down."""
-    return not torch.accelerator.is_available() or implementation(name, "cuda") in ("compiled", "triton")
-
-
 def _register(library: torch.library.Library) -> list[str]:
     """Register all redirections; returns ``"operator (device)"`` for each."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     registered = []
-    for device in ("CPU", "CUDA"):
+    for device in map(str.upper, DEVICES):
         for name, has_gradient in OPERATORS.items():
             theirs = f"torchvision::{name}"
             if name not in defined or not torch._C._dispatch_has_kernel(theirs):
                 continue
-            if not has_kernel(theirs, device) or implementation(name, device.lower()) not in ("compiled", "triton"):
+            if not has_kernel(theirs, device) or implementation(name, device.lower()) != "compiled":
                 continue
             kernel = _redirect(name)
             keys = [device]
@@ -109,8 +108,8 @@ def _register(library: torch.library.Library) -> list[str]:
                 keys.append(f"Autograd{device}")
             if name in AUTOCAST_OPERATORS:
                 keys.append(f"Autocast{device}")
-            if has_gradient and device == "CPU" and _all_devices_compiled(name):
-                keys.append("FuncTorchBatched")  # torch.vmap, where torchvision loops
+            if has_gradient and not torch.accelerator.is_available():
+                keys.append("FuncTorchBatched")  # torch.vmap, where torchvision loops; of no device in particular
             for key in keys:
                 library.impl(name, kernel, key, allow_override=True)
             registered.append(f"{name} ({device.lower()})")
@@ -167,7 +166,7 @@ def is_plain_pyramid(maps, scales, mapper) -> bool:
 
 
 _originals: dict[str, types.FunctionType] = {}
-_devices = tuple(d for d in ("cpu", "cuda") if implementation("nms", d) in ("compiled", "triton"))
+_devices = tuple(d for d in DEVICES if implementation("nms", d) == "compiled")
 
 
 class _Swap:
