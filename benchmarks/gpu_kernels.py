@@ -26,7 +26,7 @@ HEAD = """# GPU kernels
 Registers of a thread and bytes of shared memory of a block, for compute capabilities {capabilities}; no kernel spills
 registers to the stack, which the tests check. Floors are what the bytes and operations of an example need on an H200
 (4.3 TB/s copied, 60 TFLOP/s in float32, 790 in bfloat16): reasoned, not measured. **None of these kernels has been
-timed on a GPU yet.** Written by `python -m benchmarks.gpu_kernels` (nvcc's and Triton {triton}'s compilers, torch {torch}).
+timed on a GPU yet.** Written by `python -m benchmarks.gpu_kernels` (nvcc, Triton {triton}, torch {torch}).
 """
 
 

@@ -84,8 +84,8 @@ def define(schema: str, reference: Callable | None, *, triton: bool = False, tor
 
     The reference is registered for every device and used wherever no kernel is. ``triton``: the module of
     :mod:`fastcv.triton_kernels` with the reference's name has a kernel for CUDA devices, used where no compiled one is.
-    ``torch_has_kernel``: on those the reference is a kernel of torch's (cuDNN's, say) and not slow. Then Triton's is used
-    where ``FASTCV_TRITON=all`` asks for it, until a measurement on such a device says that it is faster.
+    ``torch_has_kernel``: on those the reference is a kernel of torch's (cuDNN's, say) and not slow. Then Triton's is
+    used where ``FASTCV_TRITON=all`` asks for it, until a measurement on such a device says that it is faster.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)

@@ -16,20 +16,13 @@
 //
 // The IoU is computed as torchvision computes it; this file is compiled without fused multiply-adds, so that the boxes
 // kept are those that the CPU keeps.
-#include <cmath>
-#include <limits>
-
-#include "../common/cuda_launch.h"
+#include "../common/cuda_boxes.h"
+#include "../common/cuda_segments.h"
 
 namespace fastcv::cuda {
 namespace {
 
 constexpr int kBlock = 512, kWords = kBlock / 32;
-
-template <class T>
-struct Box {
-  T x1, y1, x2, y2;
-};
 
 struct Criterion {
   double iou_threshold;
@@ -54,19 +47,10 @@ struct Sorted {
   bool diou;
 };
 
-template <class T>
-__device__ T not_negative(T x) {
-  return x < 0 ? T(0) : x;  // NaN stays NaN
-}
-
 // Whether the overlap of two boxes is greater than the threshold.
 template <class T>
 __device__ bool overlaps(const Box<T>& a, const Box<T>& b, T threshold, bool diou) {
-  const T left = a.x1 > b.x1 ? a.x1 : b.x1, right = a.x2 < b.x2 ? a.x2 : b.x2;
-  const T top = a.y1 > b.y1 ? a.y1 : b.y1, bottom = a.y2 < b.y2 ? a.y2 : b.y2;
-  const T intersection = not_negative(right - left) * not_negative(bottom - top);
-  const T area_a = (a.x2 - a.x1) * (a.y2 - a.y1), area_b = (b.x2 - b.x1) * (b.y2 - b.y1);
-  T overlap = intersection / (area_a + area_b - intersection);
+  T overlap = iou(a, b);
   if (diou) {
     const T width = (a.x2 > b.x2 ? a.x2 : b.x2) - (a.x1 < b.x1 ? a.x1 : b.x1);
     const T height = (a.y2 > b.y2 ? a.y2 : b.y2) - (a.y1 < b.y1 ? a.y1 : b.y1);
@@ -83,20 +67,13 @@ __global__ void nms_gather_kernel(Sorted<T> s, int32_t* longest) {
   if (i >= s.rows * s.length) return;
   const int64_t row = i / s.length, index = s.order[i];
   const T score = s.scores[row * s.length + index];
-  const T* b = s.boxes + (row / s.classes * s.length + index) * 4;
-  s.box[i] = {b[0], b[1], b[2], b[3]};
-  const bool is_nan = score != score || b[0] != b[0] || b[1] != b[1] || b[2] != b[2] || b[3] != b[3];
-  s.removed[i] = is_nan || !(s.all_scores || score > s.score_threshold);
-  int64_t first = 0;
-  if (s.ids) {  // the first position of the row with this id
-    const int64_t *ids = s.ids + row * s.length, *order = s.order + row * s.length, id = ids[index];
-    for (int64_t last = i - row * s.length; first < last;) {
-      const int64_t middle = (first + last) / 2;
-      ids[order[middle]] < id ? first = middle + 1 : last = middle;
-    }
-  }
+  const Box<T> box = load_box(s.boxes, row / s.classes * s.length + index);
+  s.box[i] = box;
+  s.removed[i] = score != score || has_nan(box) || !(s.all_scores || score > s.score_threshold);
+  const int64_t offset = row * s.length, p = i - offset;
+  const int64_t first = s.ids ? segment_begin(s.ids + offset, s.order + offset, p) : 0;
   s.start[i] = int32_t(first);
-  if (longest) atomicMax(longest, int32_t(i - row * s.length - first + 1));
+  if (longest) atomicMax(longest, int32_t(p - first + 1));
 }
 
 // Bit k of a position's masks: it overlaps position k of its block, which is better.
@@ -240,13 +217,6 @@ __global__ void __launch_bounds__(kBlock)
 constexpr int kThreads = 256;
 constexpr double kNoThreshold = -std::numeric_limits<double>::infinity();
 
-// The largest T not above x, so that comparing with it decides as comparing with x does.
-template <class T>
-T round_down(double x) {
-  const T y = T(x);
-  return double(y) > x ? std::nextafter(y, -std::numeric_limits<T>::infinity()) : y;
-}
-
 // Of rows of scores: [rows, length] flags by index, 1 where kept. longest: of all segments, null where it is `length`.
 template <class T>
 Tensor suppress(const Stream& stream, const Tensor& boxes, const Tensor& scores, const Tensor& order,
@@ -290,11 +260,6 @@ Tensor suppress(const Stream& stream, const Tensor& boxes, const Tensor& scores,
 
 bool is_double(const Tensor& boxes, const Tensor& scores) {
   return boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double;
-}
-
-// order, sorted again by ids: [rows, length] each.
-Tensor grouped(const Tensor& order, const Tensor& ids) {
-  return gather(order, stable_argsort(gather(ids, order), false));
 }
 
 template <class T>

@@ -9,14 +9,15 @@
 
 namespace fastcv {
 
-// One axis of one region, divided into whole pixels. Corners are scaled and rounded, the second one is not part of the
-// region, and neither is the last pixel of the map: R-FCN's own rounding, which torchvision shares.
+// One axis of one region, divided into whole pixels, which are its samples. Corners are scaled and rounded, the second
+// one is not part of the region, and neither is the last pixel of the map: R-FCN's own rounding, which torchvision shares.
 template <class Coordinate>
 struct MeanAxis {
+  static constexpr int kMostTaps = 1;  // of a sample
   Coordinate start, bin;
   int64_t most;  // taps in a bin: 0 for a region with an infinite or NaN coordinate
 
-  MeanAxis(Coordinate low, Coordinate high, Coordinate scale, int64_t bins) {
+  FASTCV_HOST_DEVICE MeanAxis(Coordinate low, Coordinate high, Coordinate scale, int64_t bins) {
     start = std::round(low * scale);
     const Coordinate end = std::round(high * scale), extent = end - start > 1 ? end - start : 1;
     bin = extent / Coordinate(bins);
@@ -25,23 +26,38 @@ struct MeanAxis {
     most = finite ? int64_t(std::ceil(bin)) + 2 + int64_t((std::abs(start) + extent) * Coordinate(1e-6)) : 0;
   }
 
-  int64_t taps_per_bin(int64_t size) const { return most < size ? most : size; }
+  FASTCV_HOST_DEVICE int64_t taps_per_bin(int64_t size) const { return most < size ? most : size; }
+
+  // Of bin p the pixels from *first to *last, without *last.
+  FASTCV_HOST_DEVICE void sample_range(int64_t p, int64_t size, int64_t* first, int64_t* last) const {
+    *first = *last = 0;
+    if (most == 0 || size == 0) return;
+    *first = clip(std::floor(Coordinate(p) * bin) + start, size);
+    *last = clip(std::ceil(Coordinate(p + 1) * bin) + start, size);
+  }
+
+  // The pixels of all bins, from *first to *last; none where *last is smaller.
+  FASTCV_HOST_DEVICE void extent(int64_t bins, int64_t size, int32_t* first, int32_t* last) const {
+    int64_t low, high, unused;
+    sample_range(0, size, &low, &unused);
+    sample_range(bins - 1, size, &unused, &high);
+    *first = int32_t(low), *last = int32_t(high - 1);
+  }
+
+ private:
+  FASTCV_HOST_DEVICE static int64_t clip(Coordinate x, int64_t size) {
+    return x > 0 ? (x < Coordinate(size - 1) ? int64_t(x) : size - 1) : 0;
+  }
 };
 
+// Appends the taps of pixels i to `last` of bin p at `taps`; returns their end.
 template <class Coordinate, class W>
-Tap<W>* append_taps(const MeanAxis<Coordinate>& axis, int64_t bins, int64_t size, Tap<W>* taps, Tap<W>* base,
-                    int32_t* begin) {
-  const auto clip = [&](Coordinate x) {
-    return x > 0 ? (x < Coordinate(size - 1) ? int32_t(x) : int32_t(size - 1)) : 0;
-  };
-  for (int64_t p = 0; p < bins; ++p) {
-    begin[p] = int32_t(taps - base);
-    if (axis.most == 0 || size == 0) continue;
-    const int32_t first = clip(std::floor(Coordinate(p) * axis.bin) + axis.start);
-    const int32_t end = clip(std::ceil(Coordinate(p + 1) * axis.bin) + axis.start);
-    for (int32_t i = first; i < end; ++i) *taps++ = {i, W(1) / W(end - first)};
-  }
-  begin[bins] = int32_t(taps - base);
+FASTCV_HOST_DEVICE Tap<W>* append_samples(const MeanAxis<Coordinate>& axis, int64_t p, int64_t size, int64_t i,
+                                          int64_t last, Tap<W>* taps) {
+  int64_t first, end;
+  axis.sample_range(p, size, &first, &end);
+  const W weight = end > first ? W(1) / W(end - first) : 0;
+  for (; i < last; ++i) *taps++ = {int32_t(i), weight};
   return taps;
 }
 

@@ -38,6 +38,7 @@ struct RoiTaps {
 // One axis of one region, in pixels of the feature map.
 template <class Coordinate>
 struct RoiAxis {
+  static constexpr int kMostTaps = 2;  // of a sample
   Coordinate start, bin;
   int64_t grid;  // samples per bin; 0: none (an empty or non-finite region)
 
@@ -71,6 +72,16 @@ struct RoiAxis {
     const double low = (-1 - at) / step - slack, high = (double(size) - at) / step + slack;
     if (low > 0) *first = low < double(*last) ? int64_t(low) : *last;
     if (high < double(*last)) *last = high > 0 ? int64_t(high) : 0;
+  }
+
+  // The pixels that the bins may touch, from *first to *last; none where *last is smaller. One more on each side than
+  // samples can touch, for rounding.
+  FASTCV_HOST_DEVICE void extent(int64_t bins, int64_t size, int32_t* first, int32_t* last) const {
+    const Coordinate end = bin_start(bins), low = bin < 0 ? end : start, high = bin < 0 ? start : end;
+    const Coordinate edge = Coordinate(size - 1);
+    const Coordinate least = low - 2 > 0 ? low - 2 : 0, most = high + 2 < edge ? high + 2 : edge;
+    *first = 0, *last = -1;
+    if (grid > 0 && least <= most) *first = int32_t(least), *last = int32_t(most);
   }
 
   // The two pixels between which sample i of bin p lies, and how far it is from the lower to the higher; false: outside.
@@ -122,9 +133,8 @@ FASTCV_HOST_DEVICE Tap<W>* append_samples(const RoiAxis<Coordinate>& axis, int64
 
 // Appends the taps of all bins at `taps` and their bounds at `begin` (bins + 1 numbers, relative to `base`);
 // returns the end of the taps.
-template <class Coordinate, class W>
-Tap<W>* append_taps(const RoiAxis<Coordinate>& axis, int64_t bins, int64_t size, Tap<W>* taps, Tap<W>* base,
-                    int32_t* begin) {
+template <class Axis, class W>
+Tap<W>* append_taps(const Axis& axis, int64_t bins, int64_t size, Tap<W>* taps, Tap<W>* base, int32_t* begin) {
   for (int64_t p = 0; p < bins; ++p) {
     begin[p] = int32_t(taps - base);
     int64_t first, last;

@@ -1,171 +1,86 @@
-// The gradient of RoIAlign without atomics, so that it is the same at every run: each pixel's is made by one thread.
+// The gradient of RoIAlign without atomics (roi_tiles_cuda.h): a block of threads owns a tile of 8 x 8 pixels and 64
+// channels.
 //
-// Regions are put in the order of their level and image. A block of threads owns a tile of 8 x 8 pixels of one image and
-// 64 channels. It goes through the regions of the image, 256 at a time: those whose extent meets the tile are listed in
-// their order, and added one after the other. For a region, the weights of its bins on the tile's rows and columns are
-// made once in shared memory; a thread sums two rows of one channel in registers: 16 multiply-adds for each element of
-// the gradient that it loads. Each pixel is written once.
+// For each region that meets it, the weights of the bins on the tile's rows and columns are made once in shared memory; a
+// thread sums its two rows of one channel in registers, up to 16 multiply-adds for each element of the gradient that it
+// loads.
 //
 // Bytes: the gradient once for each tile that a region meets, the map once. Floor for 1000 regions of 256 channels and 7 x 7
 // bins on 200 x 272 pixels in float32, as for the forward pass, 25 us; regions of 14 x 14 pixels meet 4 to 9 tiles, so
-// that the gradient's 50 MB are read about 6 times, mostly from the second-level cache. Memory: 24 bytes for a region.
-#include "roi_align_cuda.h"
+// that the gradient's 50 MB are read about 6 times, mostly from the second-level cache.
+#include "roi_tiles_cuda.h"
 
 namespace fastcv::cuda {
 namespace {
 
-constexpr int kTile = 8, kChannels = 64, kThreads = 256, kRows = kTile * kChannels / kThreads;
-
-// The pixels that a region may touch: rows from top to bottom, with bottom; none where it is below top.
-struct Extent {
-  int32_t top, bottom, left, right;
-};
-
 template <class T, class C>
 struct Backward {
   RoiRegions<C> regions;
-  T* maps[kMostLevels];  // gradients to be written
-  int64_t first_tile[kMostLevels + 1];
+  TiledMaps<T> tiled;
+  RoiGroups groups;
   const T* grad;  // [K, C, PH, PW]
   int64_t stride_roi, stride_c, stride_bin;
-  const int64_t* order;    // [K] regions by group
-  const int32_t* group;    // [K] level and image of each region, by region
-  const Extent* extents;   // [K] by region
 };
-
-template <class C>
-__device__ void axis_extent(const RoiAxis<C>& axis, int64_t bins, int64_t size, int32_t* first, int32_t* last) {
-  const C end = axis.start + axis.bin * C(bins), low = axis.bin < 0 ? end : axis.start,
-          high = axis.bin < 0 ? axis.start : end;
-  // A pixel more on each side, for rounding.
-  const C least = low - 2 > 0 ? low - 2 : 0, most = high + 2 < C(size - 1) ? high + 2 : C(size - 1);
-  *first = 0, *last = -1;
-  if (axis.grid > 0 && least <= most) *first = int32_t(least), *last = int32_t(most);
-}
-
-template <class C>
-__global__ void roi_align_extents_kernel(const __grid_constant__ RoiRegions<C> r, int32_t* group, Extent* extents) {
-  const int64_t roi = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (roi >= r.count) return;
-  const int level = r.level_of(roi);
-  const int64_t image = r.image_of(roi);
-  Extent e;
-  axis_extent(r.rows(roi, r.level[level]), r.pooled_height, r.level[level].height, &e.top, &e.bottom);
-  axis_extent(r.columns(roi, r.level[level]), r.pooled_width, r.level[level].width, &e.left, &e.right);
-  extents[roi] = e;
-  group[roi] = image < 0 ? int32_t(r.levels * r.images) : int32_t(level * r.images + image);  // the last: no image's
-}
-
-// The weight of bin p on each of the tile's pixels along an axis; returns whether there is any.
-template <class C, class A>
-__device__ bool tile_weights(const RoiAxis<C>& axis, int64_t p, int64_t size, int64_t origin, A* weights) {
-#pragma unroll
-  for (int i = 0; i < kTile; ++i) weights[i] = 0;
-  bool any = false;
-  const C inverse = axis.grid > 0 ? 1 / C(axis.grid) : 0;
-  int64_t first, last;
-  axis.sample_range(p, size, &first, &last);
-  for (int64_t i = first; i < last; ++i) {
-    int32_t low, high;
-    C fraction;
-    if (!axis.sample(p, i, size, &low, &high, &fraction)) continue;
-    if (const int64_t at = low - origin; at >= 0 && at < kTile) weights[at] += A((1 - fraction) * inverse), any = true;
-    if (const int64_t at = high - origin; at >= 0 && at < kTile) weights[at] += A(fraction * inverse), any = true;
-  }
-  return any;
-}
 
 // A tile's sums of one region. weights: of PH + PW bins; bounds: the first and last bin with weights, of both axes.
 template <class A, class T, class C>
 __device__ void add_region(const Backward<T, C>& task, const T* grad, const A* weights, const int (&bounds)[4], int row,
-                           A (&sum)[kRows][kTile]) {
+                           A (&sum)[kTileRows][kTile]) {
   const int high = int(task.regions.pooled_height), wide = int(task.regions.pooled_width);
-  for (int y = bounds[0]; y <= bounds[1]; ++y)
+  for (int y = bounds[0]; y <= bounds[1]; ++y) {
+    const A* rows = weights + y * kTile + row;
+    bool any = false;
+    for (int i = 0; i < kTileRows; ++i) any |= rows[i] != 0;
+    if (!any) continue;
     for (int x = bounds[2]; x <= bounds[3]; ++x) {
       const A g = load(grad + (y * wide + x) * task.stride_bin);
       const A* columns = weights + (high + x) * kTile;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const A weight = weights[y * kTile + row + i * (kTile / kRows)];
+      for (int i = 0; i < kTileRows; ++i) {
+        const A weight = rows[i];
         if (weight == 0) continue;  // an infinite gradient must not meet it
 #pragma unroll
         for (int j = 0; j < kTile; ++j)
           if (columns[j] != 0) sum[i][j] += g * weight * columns[j];
       }
     }
+  }
 }
 
 template <class T, class C>
-__global__ void __launch_bounds__(kThreads, 2) roi_align_backward_kernel(const __grid_constant__ Backward<T, C> task) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<C>)
+    roi_align_backward_kernel(const __grid_constant__ Backward<T, C> task) {
   using A = accumulate_t<T>;
-  __shared__ int32_t hits[kThreads];
-  __shared__ int counts[kThreads / kWarp], bounds[4];
+  __shared__ int bounds[4];
   const RoiRegions<C>& r = task.regions;
   A* const weights = dynamic_shared<A>();  // [PH + PW][kTile]
-  const int t = int(threadIdx.x), warp = t / kWarp, lane = t % kWarp;
-  int level = 0;
-  while (level + 1 < r.levels && int64_t(blockIdx.x) >= task.first_tile[level + 1]) ++level;
-  const RoiMapLevel& map = r.level[level];
-  const int64_t wide = ceil_div(map.width, kTile), high = ceil_div(map.height, kTile);
-  const int64_t tile = int64_t(blockIdx.x) - task.first_tile[level], image = tile / (wide * high);
-  const int64_t y0 = tile / wide % high * kTile, x0 = tile % wide * kTile;
-  const int64_t channel = int64_t(blockIdx.y) * kChannels + t % kChannels;
-  const int row = t / kChannels;  // and those kTile / kRows further on
-  const T* grad = task.grad + (channel < r.channels ? channel : 0) * task.stride_c;
-  const int32_t wanted = int32_t(level * r.images + image);
-  int64_t begin = 0;  // the first region of the group
-  for (int64_t end = r.count; begin < end;) {
-    const int64_t middle = (begin + end) / 2;
-    if (task.group[task.order[middle]] < wanted)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  A sum[kRows][kTile] = {};
-  for (int64_t first = begin;; first += kThreads) {
-    const int64_t i = first + t;
-    const int64_t roi = i < r.count ? task.order[i] : 0;
-    const bool mine = i < r.count && task.group[roi] == wanted;
-    bool hit = false;
-    if (mine) {
-      const Extent e = task.extents[roi];
-      hit = e.top < y0 + kTile && e.bottom >= y0 && e.left < x0 + kTile && e.right >= x0;
-    }
-    const uint32_t word = __ballot_sync(kAllLanes, hit);
-    if (lane == 0) counts[warp] = __popc(word);
-    const bool more = __syncthreads_or(mine);
-    int before = __popc(word & ((1u << lane) - 1)), all = 0;
-    for (int w = 0; w < kThreads / kWarp; ++w) before += w < warp ? counts[w] : 0, all += counts[w];
-    if (hit) hits[before] = int32_t(roi);
-    for (int k = 0; k < all; ++k) {
+  const RoiTile tile = own_tile(task.tiled, r);
+  const RoiMapLevel& map = r.level[tile.level];
+  const T* grad = task.grad + (tile.channel < r.channels ? tile.channel : 0) * task.stride_c;
+  const int t = int(threadIdx.x), high = int(r.pooled_height), bins = high + int(r.pooled_width);
+  A sum[kTileRows][kTile] = {};
+  each_region_of_tile(task.groups, tile, [&](const int32_t* regions, int n) {
+    for (int k = 0; k < n; ++k) {
       if (t == 0) bounds[0] = bounds[2] = INT32_MAX, bounds[1] = bounds[3] = -1;
       __syncthreads();
-      const int64_t region = hits[k];
-      for (int b = t; b < r.pooled_height + r.pooled_width; b += kThreads) {
-        const bool vertical = b < r.pooled_height;
-        const int p = vertical ? b : b - int(r.pooled_height), axis = vertical ? 0 : 2;
+      const int64_t region = regions[k];
+      for (int b = t; b < bins; b += kTileThreads) {
+        const bool vertical = b < high;
+        const int p = vertical ? b : b - high, axis = vertical ? 0 : 2;
         RoiAxis<C> along = r.rows(region, map);
         if (!vertical) along = r.columns(region, map);
-        if (!tile_weights(along, p, vertical ? map.height : map.width, vertical ? y0 : x0, weights + b * kTile)) continue;
+        const int64_t size = vertical ? map.height : map.width, origin = vertical ? tile.y : tile.x;
+        if (!tile_weights(along, p, size, origin, weights + b * kTile)) continue;
         atomicMin(&bounds[axis], p);
         atomicMax(&bounds[axis + 1], p);
       }
       __syncthreads();
-      add_region(task, grad + region * task.stride_roi, weights, bounds, row, sum);
+      add_region(task, grad + region * task.stride_roi, weights, bounds, tile.row, sum);
       __syncthreads();
     }
-    __syncthreads();
-    if (!more) break;
-  }
-  if (channel >= r.channels) return;
-  T* const to = task.maps[level] + image * map.stride_n + channel * map.stride_c;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i)
-#pragma unroll
-    for (int j = 0; j < kTile; ++j) {
-      const int64_t y = y0 + row + i * (kTile / kRows), x = x0 + j;
-      if (y < map.height && x < map.width) store(to + y * map.stride_y + x * map.stride_x, sum[i][j]);
-    }
+  });
+  if (tile.channel < r.channels)
+    write_tile(task.tiled.maps[tile.level], map, tile, [&](int i, int j) { return sum[i][j]; });
 }
 
 // ---- shells ---------------------------------------------------------------------------------------------------------
@@ -176,24 +91,16 @@ template <class T, class C>
 void backward(const Tensor& grad, const Tensor& boxes, const std::vector<double>& scales, const RoiConstants& c,
               const Levels& maps) {
   const Stream stream(grad);
-  const int64_t count = boxes.size(0);
-  Tensor group = empty_on(grad, {count}, ScalarType::Int), extents = empty_on(grad, {count, 4}, ScalarType::Int);
-  Backward<T, C> task{make_regions<C>(maps, boxes, scales, c), {}, {}, data<T>(grad), grad.stride(0), grad.stride(1),
-                      grad.stride(3)};
-  stream.launch(roi_align_extents_kernel<C>, {ceil_div(count, kThreads)}, kThreads, 0, task.regions,
-                mutable_data<int32_t>(group), reinterpret_cast<Extent*>(mutable_data<int32_t>(extents)));
-  const Tensor order = stable_argsort(group, false);
-  task.order = data<int64_t>(order), task.group = data<int32_t>(group);
-  task.extents = reinterpret_cast<const Extent*>(data<int32_t>(extents));
-  for (size_t i = 0; i < maps.size(); ++i) {
-    task.maps[i] = mutable_data<T>(maps[i]);
-    task.first_tile[i + 1] = task.first_tile[i] +
-                             maps[i].size(0) * ceil_div(maps[i].size(2), kTile) * ceil_div(maps[i].size(3), kTile);
-  }
+  const RoiRegions<C> regions = make_regions<C>(maps, boxes, scales, c);
+  const TiledMaps<T> tiled = tile_maps<T>(maps);
   const size_t shared = size_t(c.pooled_height + c.pooled_width) * kTile * sizeof(accumulate_t<T>);
   STD_TORCH_CHECK(shared <= 96 << 10, "output_size: ", c.pooled_height, " x ", c.pooled_width, " bins are too many");
-  stream.launch(roi_align_backward_kernel<T, C>, {task.first_tile[maps.size()], ceil_div(grad.size(1), kChannels)},
-                kThreads, shared, task);
+  with_groups(stream, grad, regions, [&](const RoiGroups& groups) {
+    const Backward<T, C> task{regions,        tiled,          groups,        data<T>(grad),
+                              grad.stride(0), grad.stride(1), grad.stride(3)};
+    stream.launch(roi_align_backward_kernel<T, C>,
+                  {tiled.first_tile[maps.size()], ceil_div(grad.size(1), kTileChannels)}, kTileThreads, shared, task);
+  });
 }
 
 struct MapSizes {
@@ -209,13 +116,14 @@ Levels run_backward(const Tensor& grad_any, const Tensor& boxes_any, const std::
                   "grad: expected shape [", boxes_any.size(0), ", ", size.channels, ", ", c.pooled_height, ", ",
                   c.pooled_width, "]");
   const MemoryFormat format = memory_format(grad_any);
-  // The kernel walks over bins with one stride.
-  const Tensor grad =
-      grad_any.stride(2) == grad_any.stride(3) * c.pooled_width ? grad_any : torch::stable::contiguous(grad_any);
+  const Tensor grad = with_one_bin_stride(grad_any);
   Levels maps;
-  for (size_t i = 0; i < size.heights.size(); ++i)
+  for (size_t i = 0; i < size.heights.size(); ++i) {
+    STD_TORCH_CHECK(size.heights[i] < INT32_MAX && size.widths[i] < INT32_MAX,
+                    "heights, widths: expected fewer than 2^31 - 1 pixels");
     maps.push_back(empty_on(grad, {size.images, size.channels, size.heights[i], size.widths[i]}, grad.scalar_type(),
                             format));
+  }
   dispatch_regions(grad.scalar_type(), boxes_any.scalar_type(), [&](auto feature, auto coordinate) {
     using C = decltype(coordinate);
     const Tensor boxes = as_contiguous(boxes_any, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);

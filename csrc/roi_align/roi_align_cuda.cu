@@ -27,16 +27,12 @@ struct Forward {
   bool by_channel;  // threads next to each other have channels next to each other
 };
 
-template <class T, int V>
-struct alignas(V * sizeof(T)) Vector {
-  T lane[V];
-};
-
 // Adds the weighted pixels of one bin for V channels.
 template <int V, class T, class A>
 __device__ void add_taps(const T* map, const RoiMapLevel& m, const Tap<A>* y, int rows, const Tap<A>* x, int columns,
                          A (&sum)[V]) {
   for (int i = 0; i < rows; ++i)
+#pragma unroll 4  // more does not fit in registers
     for (int j = 0; j < columns; ++j) {
       const A weight = y[i].weight * x[j].weight;
       const auto v = *reinterpret_cast<const Vector<T, V>*>(map + y[i].index * m.stride_y + x[j].index * m.stride_x);
@@ -153,13 +149,6 @@ __global__ void __launch_bounds__(kThreads, 2) roi_align_forward_kernel(const __
 // ---- shells ---------------------------------------------------------------------------------------------------------
 
 using Levels = std::vector<Tensor>;
-
-// Whether V channels of every pixel lie side by side where 16 bytes are loaded at once.
-bool has_vectors(const Tensor& x, int64_t lanes) {
-  bool fits = x.size(1) % lanes == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int d : {0, 2, 3}) fits &= x.size(d) <= 1 || x.stride(d) % lanes == 0;
-  return fits && x.stride(1) == 1;
-}
 
 template <class T, class C>
 void forward(const Levels& inputs, const Tensor& boxes, const std::vector<double>& scales, const RoiConstants& c,

@@ -19,6 +19,7 @@ struct RoiMapLevel {
 // C: the type of coordinates.
 template <class C>
 struct RoiRegions {
+  using Coordinate = C;
   const C* boxes;  // [K, 5]
   int64_t count, images, channels, pooled_height, pooled_width, sampling_ratio;
   double offset;            // subtracted from scaled coordinates: half a pixel where aligned
@@ -46,6 +47,12 @@ struct RoiRegions {
   }
 };
 
+// Loaded and stored at once.
+template <class T, int V>
+struct alignas(V * sizeof(T)) Vector {
+  T lane[V];
+};
+
 struct RoiConstants {
   int64_t pooled_height, pooled_width, sampling_ratio;
   bool aligned;
@@ -65,6 +72,13 @@ RoiRegions<C> make_regions(const std::vector<Tensor>& maps, const Tensor& boxes,
                   m.stride(2), m.stride(3), scales[i],   std::round(-std::log2(scales[i]))};
   }
   return r;
+}
+
+// Whether V channels of every pixel lie side by side where 16 bytes are loaded at once.
+inline bool has_vectors(const Tensor& x, int64_t lanes) {
+  bool fits = x.size(1) % lanes == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int d : {0, 2, 3}) fits &= x.size(d) <= 1 || x.stride(d) % lanes == 0;
+  return fits && x.stride(1) == 1;
 }
 
 inline void check_regions(const Tensor& boxes, const std::vector<double>& scales, size_t maps, const RoiConstants& c) {

@@ -15,19 +15,41 @@ struct PixelRange {
   int32_t begin, end;
 };
 
-// The bins of one axis: corners are scaled and rounded to pixels, the region includes both, and bins overlap by the
+// One axis of one region: corners are scaled and rounded to pixels, the region includes both, and bins overlap by the
 // pixel that they share. A non-finite region has no pixels.
 template <class Coordinate>
+struct PoolAxis {
+  Coordinate start, bin;
+  bool finite;
+
+  FASTCV_HOST_DEVICE PoolAxis(Coordinate low, Coordinate high, Coordinate scale, int64_t bins) {
+    const Coordinate last = std::round(high * scale);
+    start = std::round(low * scale);
+    finite = std::abs(start) <= Coordinate(1e9) && std::abs(last) <= Coordinate(1e9);
+    const Coordinate extent = last - start + 1 > 1 ? last - start + 1 : 1;
+    bin = extent / Coordinate(bins);
+  }
+
+  FASTCV_HOST_DEVICE PixelRange range(int64_t p, int64_t size) const {
+    if (!finite) return {0, 0};
+    return {clip(std::floor(Coordinate(p) * bin) + start, size), clip(std::ceil(Coordinate(p + 1) * bin) + start, size)};
+  }
+
+  // The pixels of all bins, from *first to *last; none where *last is smaller.
+  FASTCV_HOST_DEVICE void extent(int64_t bins, int64_t size, int32_t* first, int32_t* last) const {
+    *first = range(0, size).begin, *last = range(bins - 1, size).end - 1;
+  }
+
+ private:
+  FASTCV_HOST_DEVICE static int32_t clip(Coordinate x, int64_t size) {
+    return x > 0 ? (x < Coordinate(size) ? int32_t(x) : int32_t(size)) : 0;
+  }
+};
+
+template <class Coordinate>
 void pool_ranges(Coordinate low, Coordinate high, Coordinate scale, int64_t bins, int64_t size, PixelRange* ranges) {
-  const Coordinate first = std::round(low * scale), last = std::round(high * scale);
-  const bool finite = std::abs(first) <= Coordinate(1e9) && std::abs(last) <= Coordinate(1e9);
-  const Coordinate extent = last - first + 1 > 1 ? last - first + 1 : 1;
-  const Coordinate bin = extent / Coordinate(bins);
-  const auto clip = [&](Coordinate x) { return x > 0 ? (x < Coordinate(size) ? int32_t(x) : int32_t(size)) : 0; };
-  for (int64_t p = 0; p < bins; ++p)
-    ranges[p] = finite ? PixelRange{clip(std::floor(Coordinate(p) * bin) + first),
-                                    clip(std::ceil(Coordinate(p + 1) * bin) + first)}
-                       : PixelRange{0, 0};
+  const PoolAxis<Coordinate> axis(low, high, scale, bins);
+  for (int64_t p = 0; p < bins; ++p) ranges[p] = axis.range(p, size);
 }
 
 struct PoolRegion {

@@ -13,8 +13,6 @@
 namespace fastcv {
 namespace {
 
-enum class Confidence { avg, max, box_and_model_avg, absent_model_aware_avg };
-
 Confidence confidence_of(const std::string& name) {
   if (name == "avg") return Confidence::avg;
   if (name == "max") return Confidence::max;
@@ -25,39 +23,12 @@ Confidence confidence_of(const std::string& name) {
   return Confidence::absent_model_aware_avg;
 }
 
-struct Ensemble {
-  const std::vector<double>& weights;  // [M]
-  double total, largest;               // of weights
-  Confidence confidence;
-  bool allows_overflow;
-};
-
 // All boxes, and which model each is from.
 struct Detections {
-  const double* boxes;          // [N, 4]
-  std::vector<double> scores;   // [N] times the weight of the model
-  std::vector<int32_t> models;  // [N]
-};
-
-// What the boxes of one cluster add up to.
-struct Cluster {
-  double score_sum = 0, best_score = 0, weight_sum = 0;
-  double models_weight = 0;  // of the models that have a box here, each counted once
-  int64_t boxes = 0;
-  int32_t first_row = -1;
-
-  double score(const Ensemble& e) const {
-    const double mean = score_sum / double(boxes);
-    switch (e.confidence) {
-      case Confidence::max: return best_score / e.largest;
-      case Confidence::box_and_model_avg: return score_sum / weight_sum * models_weight / e.total;
-      case Confidence::absent_model_aware_avg: return score_sum / (weight_sum + (e.total - models_weight));
-      default: {
-        const int64_t models = int64_t(e.weights.size());
-        return mean * double(e.allows_overflow ? boxes : std::min(models, boxes)) / e.total;
-      }
-    }
-  }
+  const double* boxes;                 // [N, 4]
+  const std::vector<double>& weights;  // of the models
+  std::vector<double> scores;          // [N] times the weight of the model
+  std::vector<int32_t> models;         // [N]
 };
 
 // Rows that take part, best weighted score first, ties by row.
@@ -85,14 +56,14 @@ std::vector<Cluster> add_up(const FusionSegment& s, int64_t count, const Detecti
     if (c.first_row < 0) c.first_row = row;
     c.score_sum += d.scores[row];
     c.best_score = std::max(c.best_score, d.scores[row]);
-    c.weight_sum += e.weights[d.models[row]];
+    c.weight_sum += d.weights[d.models[row]];
     ++c.boxes;
     seen.push_back({s.cluster[i], d.models[row]});
   }
   if (e.confidence != Confidence::avg && e.confidence != Confidence::max) {
     std::sort(seen.begin(), seen.end());
     seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
-    for (const auto& [cluster, model] : seen) clusters[cluster].models_weight += e.weights[model];
+    for (const auto& [cluster, model] : seen) clusters[cluster].models_weight += d.weights[model];
   }
   return clusters;
 }
@@ -160,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_boxes_fusion_cpu(const Tensor& boxes
   const Tensor boxes = as_contiguous(boxes_any, ScalarType::Double);
   const Tensor scores = as_contiguous(scores_any, ScalarType::Double);
   const Tensor labels = as_contiguous(labels_any, ScalarType::Long);
-  Detections detections{data<double>(boxes), {}, {}};
+  Detections detections{data<double>(boxes), weights, {}, {}};
   const double* score_of_row = data<double>(scores);
   for (size_t model = 0; model < counts.size(); ++model) {
     for (int64_t i = 0; i < counts[model]; ++i) {
@@ -168,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_boxes_fusion_cpu(const Tensor& boxes
       detections.models.push_back(int32_t(model));
     }
   }
-  const Ensemble ensemble{weights, std::accumulate(weights.begin(), weights.end(), 0.0),
+  const Ensemble ensemble{int64_t(weights.size()), std::accumulate(weights.begin(), weights.end(), 0.0),
                           *std::max_element(weights.begin(), weights.end()), confidence_of(conf_type), allows_overflow};
   // Rounded as `scores >= threshold` in PyTorch rounds it.
   const double threshold = scores_any.scalar_type() == ScalarType::Double ? skip_threshold : float(skip_threshold);

@@ -19,12 +19,24 @@ from ._autograd import register_autograd
 from ._checks import check_floating, check_same_device, check_shape
 from ._rois import front
 
-define("gram_matrix(Tensor features, str normalize) -> Tensor", reference.gram_matrix.gram_matrix)
+define(
+    "gram_matrix(Tensor features, str normalize) -> Tensor",
+    reference.gram_matrix.gram_matrix,
+    triton=True,
+    torch_has_kernel=True,
+)
 define(
     "gram_matrix_backward(Tensor grad, Tensor features, str normalize) -> Tensor",
     reference.gram_matrix.gram_matrix_backward,
+    triton=True,
+    torch_has_kernel=True,
 )
-define("style_loss(Tensor[] features, Tensor[] targets, float[] weights) -> Tensor[]", reference.gram_matrix.style_loss)
+define(
+    "style_loss(Tensor[] features, Tensor[] targets, float[] weights) -> Tensor[]",
+    reference.gram_matrix.style_loss,
+    triton=True,
+    torch_has_kernel=True,
+)
 
 _NORMALIZATIONS = {True: "elements", False: "none", "positions": "positions"}
 

@@ -13,10 +13,17 @@ from ._checks import check_floating, check_threshold
 from ._rois import front
 
 _CONSTANTS = "SymInt size, float alpha, float beta, float k"
-define(f"local_response_norm(Tensor input, {_CONSTANTS}) -> Tensor", reference.local_response_norm.local_response_norm)
+define(
+    f"local_response_norm(Tensor input, {_CONSTANTS}) -> Tensor",
+    reference.local_response_norm.local_response_norm,
+    triton=True,
+    torch_has_kernel=True,
+)
 define(
     f"local_response_norm_backward(Tensor grad, Tensor input, {_CONSTANTS}) -> Tensor",
     reference.local_response_norm.local_response_norm_backward,
+    triton=True,
+    torch_has_kernel=True,
 )
 
 

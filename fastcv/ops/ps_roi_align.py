@@ -4,7 +4,7 @@ Defined on every path alike, as for :func:`fastcv.ops.roi_align` with ``aligned=
 
 * a sample more than a pixel outside the map counts as 0; a region with an infinite or NaN coordinate gives 0;
 * a region without extent has no samples where the sampling is adaptive, and gives 0 (torchvision: NaN, 0 / 0);
-* a batch index that is no image raises.
+* a batch index that is no image raises; on CUDA devices, where that would wait for the device, its region is NaN.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def ps_roi_align(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device, such as channels that are no multiple of
             ``PH * PW``.
-        RuntimeError: a batch index outside 0 to N - 1.
+        RuntimeError: a batch index outside 0 to N - 1 (on the CPU).
 
     Example:
         >>> import torch, fastcv

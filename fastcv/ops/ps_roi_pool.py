@@ -5,7 +5,7 @@ Defined on every path alike:
 * corners are scaled and rounded half away from zero; the second corner's pixels do not belong to the region, nor does
   the last row or column of the map (R-FCN's own rounding, which torchvision shares); a region is at least a pixel;
 * a bin without a pixel is 0, as is every bin of a region with an infinite or NaN coordinate;
-* a batch index that is no image raises.
+* a batch index that is no image raises; on CUDA devices, where that would wait for the device, its region is NaN.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ps_roi_pool(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device, such as channels that are no multiple of
             ``PH * PW``.
-        RuntimeError: a batch index outside 0 to N - 1.
+        RuntimeError: a batch index outside 0 to N - 1 (on the CPU).
 
     Example:
         >>> import torch, fastcv

@@ -5,7 +5,7 @@ Defined on every path alike:
 * corners are scaled and rounded half away from zero; a region includes both corner pixels and is at least a pixel;
 * a bin without a pixel of the map is 0, as is every bin of a region with an infinite or NaN coordinate;
 * NaN features never win; a bin of nothing but NaN gives -infinity; equal maxima go to the first pixel in reading order;
-* a batch index that is no image raises.
+* a batch index that is no image raises; on CUDA devices, where that would wait for the device, its region is NaN.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: int | tuple[int, int], sp
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
-        RuntimeError: a batch index outside 0 to N - 1.
+        RuntimeError: a batch index outside 0 to N - 1 (on the CPU).
 
     Example:
         >>> import torch, fastcv

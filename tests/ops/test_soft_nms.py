@@ -128,6 +128,15 @@ def test_naive_is_nms(dtype, kind):
         assert torch.equal(kept, batched_nms(boxes, scores, idxs, threshold))
 
 
+def test_a_class_of_thousands():
+    # More than fit into the shared memory of a GPU, until most of them are gone.
+    boxes, scores = make("crowded", 5000)
+    assert torch.equal(soft_nms(boxes, scores, 0.1, method="naive")[0], nms(boxes, scores, 0.1))
+    boxes, scores = make("crowded", 3000, dtype=torch.float64)
+    assert_same(boxes, scores, None, 0.1, 0.02, 0.2, "gaussian", rtol=1e-12)
+    assert_same(boxes, scores, torch.arange(3000) // 2800, 0.1, 0.02, 0.2, "linear", rtol=1e-12)
+
+
 def test_properties_of_the_scores():
     boxes, scores = make("crowded", 2000)
     for method in METHODS:

@@ -127,6 +127,17 @@ def test_matches_ensemble_boxes(conf_type):
                 torch.testing.assert_close(have.double(), torch.from_numpy(wanted), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("conf_type", CONF_TYPES)
+def test_a_label_of_hundreds_of_clusters(conf_type):
+    # More than fit into the shared memory of a GPU.
+    args = detections(2, 500, 1)
+    fused = weighted_boxes_fusion(*args, [2.0, 0.5], 0.9, 0.1, conf_type)
+    want = expected(*args, [2.0, 0.5], 0.9, 0.1, conf_type, False)
+    assert len(want[0]) > 600
+    for have, wanted in zip(fused, want, strict=True):
+        torch.testing.assert_close(have, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_any_units():
     # Boxes in pixels, of both signs, fuse as boxes in [0, 1] do.
     boxes, scores, labels = detections(3, 100, 3)
