@@ -1,5 +1,5 @@
-// What CUDA kernels and their shells share. All launches go through launch(), so that the tests can run the kernels on the
-// host: tests/cuda_emulation has a cuda_runtime.h of its own, and operators are then those of the CPU.
+// What CUDA kernels and their shells share. All launches go through launch(), so that the tests can run the kernels
+// on the host: tests/cuda_emulation has a cuda_runtime.h of its own, and operators are then those of the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Conversions between the storage types and those of arithmetic, one element at a time: for kernels of every instruction
-// set, and for CUDA, whose namespace is fastcv::cuda.
+// Conversions between the storage types and those of arithmetic, one element at a time: for kernels of every
+// instruction set, and for CUDA, whose namespace is fastcv::cuda.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,16 @@
 // Non-maximum suppression on the device from end to end: nms, batched_nms and nms_padded.
 //
-// Boxes are sorted by score (and class) into rows of segments: one segment for each class of each image. A segment is cut
-// into blocks of 512 boxes, and block after block is resolved:
-//     masks    every box of every block, all at once: which better boxes of its own block it overlaps too much, a bit each
+// Boxes are sorted by score (and class) into rows of segments: one segment for each class of each image. A segment is
+// cut into blocks of 512 boxes, and block after block is resolved:
+//     masks    every box of every block, all at once: which better boxes of its own block it overlaps too much, by bits
 //     resolve  round r: block r of every segment. A box is removed when one of those is kept, and kept when all of them
 //              are removed; this is asked for all boxes at once until nothing changes, as often as the longest chain of
 //              boxes each of which hangs on the one before, mostly a few times
 //     sweep    round r: the boxes of later blocks are compared with those of block r that were kept
-// So boxes are compared with kept ones only, memory grows with the number of boxes (94 bytes for each in float32, and what
-// sorting takes: 28 MB for 300,000) and nothing is copied to the host: the number of rounds follows from the length of
-// a row. batched_nms, whose segments may be much shorter than the row of all boxes, reads the length of the longest.
+// So boxes are compared with kept ones only, memory grows with the number of boxes (94 bytes for each in float32, and
+// what sorting takes: 28 MB for 300,000) and nothing is copied to the host: the number of rounds follows from the
+// length of a row. batched_nms, whose segments may be much shorter than the row of all boxes, reads the length of the
+// longest.
 //
 // Operations: N^2 / 2 comparisons at most, about 15 instructions each, and 256 N for the masks. Floor for 100,000 boxes
 // of which a tenth is kept: 1e9 comparisons, 0.5 ms at 30e12 instructions a second; the launches, 390, take about 1 ms.

@@ -5,8 +5,8 @@
 //     Plan       a program for inputs of certain sizes: the extent and place of every value, the kernel of every step.
 //     bind, run  a plan with pointers: threads go through the steps together (run.h).
 //
-// Values are float32 maps, channels-last; vectors [N, C] are maps of one pixel. Between kernels that round their operands
-// to bfloat16 maps are packed (packed.cpp). This is the pointer world, without torch.
+// Values are float32 maps, channels-last; vectors [N, C] are maps of one pixel. Between kernels that round their
+// operands to bfloat16 maps are packed (packed.cpp). This is the pointer world, without torch.
 #pragma once
 
 #include <cstdint>

@@ -144,7 +144,8 @@ Extent output_extent(const Program& program, const Step& step, const std::vector
         fail("cannot combine values of " + text(in) + " and " + text(*second));
       return in;
     case Op::merge:
-      if (second->n != in.n || second->c != in.c) fail("cannot combine values of " + text(in) + " and " + text(*second));
+      if (second->n != in.n || second->c != in.c)
+        fail("cannot combine values of " + text(in) + " and " + text(*second));
       return in;
     case Op::affine:
     case Op::layer_norm:

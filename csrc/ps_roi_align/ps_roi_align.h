@@ -10,7 +10,7 @@
 namespace fastcv {
 
 // One axis of one region, divided into whole pixels, which are its samples. Corners are scaled and rounded, the second
-// one is not part of the region, and neither is the last pixel of the map: R-FCN's own rounding, which torchvision shares.
+// one is not part of the region, and neither is the last pixel of the map: R-FCN's own rounding, and torchvision's.
 template <class Coordinate>
 struct MeanAxis {
   static constexpr int kMostTaps = 1;  // of a sample

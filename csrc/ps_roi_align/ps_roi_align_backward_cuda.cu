@@ -1,14 +1,14 @@
-// The gradient of position-sensitive RoI pooling without atomics (../roi_align/roi_tiles_cuda.h): a block of threads owns
-// a tile of 8 x 8 pixels and 64 input channels.
+// The gradient of position-sensitive RoI pooling without atomics (../roi_align/roi_tiles_cuda.h): a block of threads
+// owns a tile of 8 x 8 pixels and 64 input channels.
 //
 // Each channel belongs to one bin, so a region adds one element of the gradient to a channel, times the weights of that
 // bin's rows and columns on the tile. These are few products for a region: so weights are made for up to 16 regions at
 // once, by a thread for each bin of an axis, and a thread adds those of its two rows of one channel in registers.
 //
-// Bytes: an element of the gradient for each tile that its bin meets, by the four warps that have the tile's rows; the map
-// once. Floor for R-FCN (300 regions, 21 classes, 7 x 7 bins, a map of 1029 channels x 38 x 63 in float32): 11 MB, 3 us at
-// 4.3 TB/s. 680 blocks go through the 300 regions; a region of 16 x 16 pixels meets about 9 of the 40 tiles, for which
-// 17 blocks make its 14 rows of weights.
+// Bytes: an element of the gradient for each tile that its bin meets, by the four warps that have the tile's rows;
+// the map once. Floor for R-FCN (300 regions, 21 classes, 7 x 7 bins, a map of 1029 channels x 38 x 63 in float32):
+// 11 MB, 3 us at 4.3 TB/s. 680 blocks go through the 300 regions; a region of 16 x 16 pixels meets about 9 of the 40
+// tiles, for which 17 blocks make its 14 rows of weights.
 #include "../roi_align/roi_tiles_cuda.h"
 #include "ps_roi_align_cuda.h"
 
@@ -99,7 +99,8 @@ Tensor run_backward(const Tensor& grad_any, const Tensor& boxes, const PsConstan
                       grad_any.size(3) == c.pooled_width,
                   "grad: expected shape [", boxes.size(0), ", ", size.channels, " / ", bins, ", ", c.pooled_height,
                   ", ", c.pooled_width, "]");
-  STD_TORCH_CHECK(size.height < INT32_MAX && size.width < INT32_MAX, "input: expected fewer than 2^31 rows and columns");
+  STD_TORCH_CHECK(size.height < INT32_MAX && size.width < INT32_MAX,
+                  "input: expected fewer than 2^31 rows and columns");
   const Tensor grad = with_one_bin_stride(grad_any);
   const Tensor map = empty_on(grad, {size.images, size.channels, size.height, size.width}, grad.scalar_type(),
                               memory_format(grad_any));

@@ -1,15 +1,15 @@
 // Position-sensitive RoI pooling on the device: ps_roi_align and ps_roi_pool, which differ in their taps alone.
 //
-// A block of threads has a region and 256 outputs, a thread one of them, which reads an input channel of its own. The taps
-// of all bins are made once for the block, by a thread each, in shared memory; where a bin has more than there is room for,
-// its samples are taken in pieces, as many for all bins at once. Threads next to each other have outputs next to each
-// other in memory: bins of a channel, or on channels-last maps channels of a bin.
+// A block of threads has a region and 256 outputs, a thread one of them, which reads an input channel of its own. The
+// taps of all bins are made once for the block, by a thread each, in shared memory; where a bin has more than there
+// is room for, its samples are taken in pieces, as many for all bins at once. Threads next to each other have outputs
+// next to each other in memory: bins of a channel, or on channels-last maps channels of a bin.
 //
 // Bytes: each tap of each output is a load of its own, as no two outputs of a region share an element of the map. On
-// contiguous maps the taps of a row lie in one or two sectors of 32 bytes; of a channels-last one each fetches a sector.
-// Floor for R-FCN (300 regions, 21 classes, 7 x 7 bins, a map of 1029 channels x 38 x 63 in float32, about 16 taps an
-// output): the map 9.9 MB and the output 1.2 MB, 3 us at 4.3 TB/s. But 4.9 M loads of taps fetch 40 MB of sectors from the
-// second-level cache on a contiguous map, and 160 MB on a channels-last one: ten times the map.
+// contiguous maps the taps of a row lie in one or two sectors of 32 bytes; of a channels-last one each fetches a
+// sector. Floor for R-FCN (300 regions, 21 classes, 7 x 7 bins, a map of 1029 channels x 38 x 63 in float32, about 16
+// taps an output): the map 9.9 MB and the output 1.2 MB, 3 us at 4.3 TB/s. But 4.9 M loads of taps fetch 40 MB of
+// sectors from the second-level cache on a contiguous map, and 160 MB on a channels-last one: ten times the map.
 //
 // A region whose batch index is no image gives NaN: to raise, as the CPU does, would wait for the device.
 #include "ps_roi_align_cuda.h"
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kThreads, 3) ps_roi_align_forward_kernel(const
   const int y = bin / wide, x = high + bin % wide;
   const bool here = item < r.channels;
   const int64_t roi = blockIdx.x, image = r.image_of(roi);
-  const T* const features = task.map + (image < 0 ? 0 : image) * map.stride_n + (c * int64_t(bins) + bin) * map.stride_c;
+  const T* const features =
+      task.map + (image < 0 ? 0 : image) * map.stride_n + (c * int64_t(bins) + bin) * map.stride_c;
   A sum = image < 0 ? A(NAN) : 0;
 
   if (t < 2) pieces[t] = 0;
@@ -87,7 +88,8 @@ __global__ void __launch_bounds__(kThreads, 3) ps_roi_align_forward_kernel(const
   for (int i = 0; i < pieces[0]; ++i)
     for (int j = 0; j < pieces[1]; ++j) {
       for (int b = t; b < high + wide; b += kThreads)
-        with_bin(r, roi, b, [&](const auto& samples) { counts[b] = samples.make(b < high ? i : j, taps + b * kPitch); });
+        with_bin(r, roi, b,
+                 [&](const auto& samples) { counts[b] = samples.make(b < high ? i : j, taps + b * kPitch); });
       __syncthreads();
       for (int m = 0; here && m < counts[y]; ++m) {
         const Tap<A> row = taps[y * kPitch + m];

@@ -84,7 +84,7 @@ struct RoiAxis {
     if (grid > 0 && least <= most) *first = int32_t(least), *last = int32_t(most);
   }
 
-  // The two pixels between which sample i of bin p lies, and how far it is from the lower to the higher; false: outside.
+  // The two pixels between which sample i of bin p lies, and how far it is from lower to higher; false: outside.
   FASTCV_HOST_DEVICE bool sample(int64_t p, int64_t i, int64_t size, int32_t* low, int32_t* high,
                                  Coordinate* fraction) const {
     Coordinate at = bin_start(p) + (Coordinate(i) + Coordinate(0.5)) * bin / Coordinate(grid);

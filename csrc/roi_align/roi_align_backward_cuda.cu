@@ -1,13 +1,13 @@
 // The gradient of RoIAlign without atomics (roi_tiles_cuda.h): a block of threads owns a tile of 8 x 8 pixels and 64
 // channels.
 //
-// For each region that meets it, the weights of the bins on the tile's rows and columns are made once in shared memory; a
-// thread sums its two rows of one channel in registers, up to 16 multiply-adds for each element of the gradient that it
-// loads.
+// For each region that meets it, the weights of the bins on the tile's rows and columns are made once in shared
+// memory; a thread sums its two rows of one channel in registers, up to 16 multiply-adds for each element of the
+// gradient that it loads.
 //
-// Bytes: the gradient once for each tile that a region meets, the map once. Floor for 1000 regions of 256 channels and 7 x 7
-// bins on 200 x 272 pixels in float32, as for the forward pass, 25 us; regions of 14 x 14 pixels meet 4 to 9 tiles, so
-// that the gradient's 50 MB are read about 6 times, mostly from the second-level cache.
+// Bytes: the gradient once for each tile that a region meets, the map once. Floor for 1000 regions of 256 channels
+// and 7 x 7 bins on 200 x 272 pixels in float32, as for the forward pass, 25 us; regions of 14 x 14 pixels meet 4 to
+// 9 tiles, so that the gradient's 50 MB are read about 6 times, mostly from the second-level cache.
 #include "roi_tiles_cuda.h"
 
 namespace fastcv::cuda {

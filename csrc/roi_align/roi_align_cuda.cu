@@ -1,13 +1,13 @@
 // RoIAlign on the device, all levels of a pyramid in one launch.
 //
-// A block of threads has a region and up to 256 channels. The taps of all its bins (roi_align.h) are made once, by a thread
-// each, in shared memory; then threads share out bins and channels. On channels-last maps a thread loads 16 bytes of
-// channels at a time; on others neighbouring threads have neighbouring bins of a channel, so that their loads meet in the
-// same lines and their stores are in order. Where a bin has more taps than there is room for, its samples are taken
-// eight at a time along each axis.
+// A block of threads has a region and up to 256 channels. The taps of all its bins (roi_align.h) are made once, by a
+// thread each, in shared memory; then threads share out bins and channels. On channels-last maps a thread loads 16
+// bytes of channels at a time; on others neighbouring threads have neighbouring bins of a channel, so that their
+// loads meet in the same lines and their stores are in order. Where a bin has more taps than there is room for, its
+// samples are taken eight at a time along each axis.
 //
-// Floor for 1000 regions of 256 channels, 7 x 7 bins, sampling ratio 2, on 200 x 272 pixels in float32: the map once, 56
-// MB, and 50 MB of output, 25 us at 4.3 TB/s; 16 taps a bin are 0.2 G multiply-adds, 7 us.
+// Floor for 1000 regions of 256 channels, 7 x 7 bins, sampling ratio 2, on 200 x 272 pixels in float32: the map once,
+// 56 MB, and 50 MB of output, 25 us at 4.3 TB/s; 16 taps a bin are 0.2 G multiply-adds, 7 us.
 //
 // A region whose batch index is no image gives NaN: to raise, as the CPU does, would wait for the device.
 #include "roi_align_cuda.h"
@@ -51,7 +51,8 @@ __device__ void write_bin(const A (&sum)[V], T* to) {
 
 // Up to kSamples samples from `first` on; returns how many taps they have.
 template <class C, class A>
-__device__ int append_piece(const RoiAxis<C>& axis, int64_t p, int64_t size, int64_t first, int64_t last, Tap<A>* taps) {
+__device__ int append_piece(const RoiAxis<C>& axis, int64_t p, int64_t size, int64_t first, int64_t last,
+                            Tap<A>* taps) {
   const int64_t end = first + kSamples < last ? first + kSamples : last;
   return int(append_samples(axis, p, size, first, end, taps) - taps);
 }

@@ -92,7 +92,8 @@ inline void check_regions(const Tensor& boxes, const std::vector<double>& scales
   STD_TORCH_CHECK(c.sampling_ratio <= 1 << 30, "sampling_ratio: expected at most 2^30, got ", c.sampling_ratio);
 }
 
-// f(T{}, C{}) with the type of the features and that of coordinates: double where boxes or features are, float otherwise.
+// f(T{}, C{}) with the type of the features and that of coordinates: double where boxes or features are, float
+// otherwise.
 template <class F>
 void dispatch_regions(ScalarType features, ScalarType boxes, const F& f) {
   dispatch_floating(features, "input", [&](auto feature) {

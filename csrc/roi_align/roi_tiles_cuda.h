@@ -77,8 +77,8 @@ inline __device__ int64_t group_begin(const RoiGroups& list, int32_t group) {
   return begin;
 }
 
-// f(regions, n) with those that meet the tile, in their order and up to kTileThreads at a time. All threads of the block
-// come together; the regions lie in shared memory until all have returned.
+// f(regions, n) with those that meet the tile, in their order and up to kTileThreads at a time. All threads of the
+// block come together; the regions lie in shared memory until all have returned.
 template <class F>
 __device__ void each_region_of_tile(const RoiGroups& list, const RoiTile& tile, const F& f) {
   __shared__ int32_t hits[kTileThreads];

@@ -32,7 +32,8 @@ struct PoolAxis {
 
   FASTCV_HOST_DEVICE PixelRange range(int64_t p, int64_t size) const {
     if (!finite) return {0, 0};
-    return {clip(std::floor(Coordinate(p) * bin) + start, size), clip(std::ceil(Coordinate(p + 1) * bin) + start, size)};
+    return {clip(std::floor(Coordinate(p) * bin) + start, size),
+            clip(std::ceil(Coordinate(p + 1) * bin) + start, size)};
   }
 
   // The pixels of all bins, from *first to *last; none where *last is smaller.

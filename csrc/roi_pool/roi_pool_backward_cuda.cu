@@ -1,14 +1,15 @@
 // The gradient of RoI pooling without atomics (../roi_align/roi_tiles_cuda.h): a block of threads owns a tile of 8 x 8
 // pixels and 64 channels.
 //
-// Each bin's gradient goes to the pixel of its maximum, so a thread looks at the positions of those bins that meet its two
-// rows of the tile, and adds the gradients of those that lie in them: to its own sums, which are in shared memory, as the
-// position says which. Which bins meet the rows is found for 16 regions at once, by a thread for each bin of an axis.
+// Each bin's gradient goes to the pixel of its maximum, so a thread looks at the positions of those bins that meet
+// its two rows of the tile, and adds the gradients of those that lie in them: to its own sums, which are in shared
+// memory, as the position says which. Which bins meet the rows is found for 16 regions at once, by a thread for each
+// bin of an axis.
 //
-// Bytes: a position for each pair of rows and tile that its bin meets, the gradients of those that lie there, and the map
-// once. Floor for 1000 regions of 256 channels, 7 x 7 bins, on 200 x 272 pixels in float32: gradients and positions 100 MB,
-// the map 56 MB, 36 us at 4.3 TB/s. A bin of 2 x 2 pixels and the one it shares meets 2 pairs of rows and 1 to 2 tiles, so
-// that its position is read about 3 times, mostly from the first-level cache.
+// Bytes: a position for each pair of rows and tile that its bin meets, the gradients of those that lie there, and the
+// map once. Floor for 1000 regions of 256 channels, 7 x 7 bins, on 200 x 272 pixels in float32: gradients and
+// positions 100 MB, the map 56 MB, 36 us at 4.3 TB/s. A bin of 2 x 2 pixels and the one it shares meets 2 pairs of
+// rows and 1 to 2 tiles, so that its position is read about 3 times, mostly from the first-level cache.
 #include "../roi_align/roi_tiles_cuda.h"
 #include "roi_pool_cuda.h"
 

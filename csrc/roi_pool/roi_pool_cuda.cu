@@ -1,13 +1,13 @@
 // RoI pooling on the device.
 //
-// A block of threads has a region and up to 256 channels. The pixels of all its bins along both axes are made once, by a
-// thread each, in shared memory; then threads share out bins and channels. On channels-last maps a thread compares 16 bytes
-// of channels at a time; on others neighbouring threads have neighbouring bins of a channel, so that their loads meet in
-// the same lines and their stores are in order.
+// A block of threads has a region and up to 256 channels. The pixels of all its bins along both axes are made once,
+// by a thread each, in shared memory; then threads share out bins and channels. On channels-last maps a thread
+// compares 16 bytes of channels at a time; on others neighbouring threads have neighbouring bins of a channel, so
+// that their loads meet in the same lines and their stores are in order.
 //
-// Floor for 1000 regions of 256 channels, 7 x 7 bins, on 200 x 272 pixels in float32: the map once, 56 MB, and 100 MB of
-// values and positions, 36 us at 4.3 TB/s. Each pixel of a region is compared once, and twice where bins overlap: 0.2 G
-// comparisons of a few instructions each are less.
+// Floor for 1000 regions of 256 channels, 7 x 7 bins, on 200 x 272 pixels in float32: the map once, 56 MB, and 100 MB
+// of values and positions, 36 us at 4.3 TB/s. Each pixel of a region is compared once, and twice where bins overlap:
+// 0.2 G comparisons of a few instructions each are less.
 //
 // A region whose batch index is no image gives NaN: to raise, as the CPU does, would wait for the device.
 #include "roi_pool_cuda.h"
@@ -106,8 +106,14 @@ std::tuple<Tensor, Tensor> roi_pool_cuda(const Tensor& input, const Tensor& boxe
   dispatch_pool_regions(input, boxes, spatial_scale, c, [&](auto feature, const auto& regions) {
     using T = decltype(feature);
     using C = typename std::decay_t<decltype(regions)>::Coordinate;
-    const Forward<T, C> task{regions,           data<T>(input),   mutable_data<T>(output), mutable_data<int32_t>(argmax),
-                             output.stride(0),  output.stride(1), output.stride(3),        output.stride(1) == 1};
+    const Forward<T, C> task{regions,
+                             data<T>(input),
+                             mutable_data<T>(output),
+                             mutable_data<int32_t>(argmax),
+                             output.stride(0),
+                             output.stride(1),
+                             output.stride(3),
+                             output.stride(1) == 1};
     constexpr int kVector = int(16 / sizeof(T));
     const bool vectors = has_vectors(input, kVector) && has_vectors(output, kVector) && has_vectors(argmax, kVector);
     const auto kernel = vectors ? roi_pool_forward_kernel<T, C, kVector> : roi_pool_forward_kernel<T, C, 1>;

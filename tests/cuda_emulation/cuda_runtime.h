@@ -55,8 +55,8 @@ namespace emulation {
 
 enum class State { ready, at_barrier, in_warp, done };
 
-// A stack that runs the threads of its number, block after block. Turns are changed by jumps, as swapcontext would ask the
-// system each time.
+// A stack that runs the threads of its number, block after block. Turns are changed by jumps, as swapcontext would
+// ask the system each time.
 struct Fiber {
   std::unique_ptr<char[]> stack;  // null: not begun
   ucontext_t context;             // where it begins
