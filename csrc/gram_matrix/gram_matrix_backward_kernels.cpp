@@ -15,8 +15,10 @@ namespace {
 
 template <class T>
 using Acc = accumulate_t<T>;
+// Of a tile.
+constexpr int kVectors = kVectorBytes == 64 ? 4 : 2, kRows = kVectorBytes == 64 ? 6 : 4;
 template <class T>  // of a panel
-constexpr int64_t kWidth = kGramVectors * kLanes<Acc<T>>;
+constexpr int64_t kWidth = kVectors * kLanes<Acc<T>>;
 
 constexpr int64_t kTaskBytes = 192 * 1024;  // of features
 constexpr int64_t kMostPanels = 4;
@@ -28,27 +30,27 @@ int64_t task_positions(const GramBackward<T>& task) {
   return max_of(1, min_of(kMostPanels, panels)) * kWidth<T>;
 }
 
-// Rows of the result, at row_step, by kGramVectors vectors of columns, `width` of which exist.
+// Rows of the result, at row_step, by kVectors vectors of columns, `width` of which exist.
 template <int R, class T, class A>
 void product_tile(const A* rows, int64_t row_step, const A* panel, int64_t depth, T* to, int64_t to_step,
                   int64_t width) {
   constexpr int L = kLanes<A>;
-  Vec<A> sum[R][kGramVectors];
+  Vec<A> sum[R][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kGramVectors; ++v) sum[r][v] = Vec<A>{};
-  multiply_add(sum, rows, row_step, 1, panel, L, kGramVectors * L, depth);
-  if (width >= kGramVectors * L) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<A>{};
+  multiply_add(sum, rows, row_step, 1, panel, L, kVectors * L, depth);
+  if (width >= kVectors * L) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kGramVectors; ++v) store(to + r * to_step + v * L, sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) store(to + r * to_step + v * L, sum[r][v]);
   } else {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kGramVectors; ++v)
+      for (int v = 0; v < kVectors; ++v)
         if (v * L < width) store_some(to + r * to_step + v * L, sum[r][v], width - v * L);
   }
 }
@@ -56,8 +58,8 @@ void product_tile(const A* rows, int64_t row_step, const A* panel, int64_t depth
 template <class T, class A>
 void product_rows(int64_t count, const A* rows, int64_t row_step, const A* panel, int64_t depth, T* to, int64_t to_step,
                   int64_t width) {
-  for (int64_t r = 0; r < count; r += kGramRows)
-    with_constant<kGramRows>(int(min_of(kGramRows, count - r)), [&](auto n) FASTCV_INLINE_LAMBDA {
+  for (int64_t r = 0; r < count; r += kRows)
+    with_constant<kRows>(int(min_of(kRows, count - r)), [&](auto n) FASTCV_INLINE_LAMBDA {
       product_tile<decltype(n)::value>(rows + r * row_step, row_step, panel, depth, to + r * to_step, to_step, width);
     });
 }
@@ -71,7 +73,7 @@ void contiguous_task(const GramBackward<T>& task, int64_t image, int64_t first, 
   for (int64_t p = 0; p < count; p += kWidth<T>) {
     Acc<T>* const panel = scratch + p / kWidth<T> * size;
     for (int64_t c = 0; c < channels; ++c)
-      for (int v = 0; v < kGramVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const T* from = map.data + image * map.stride_n + c * map.stride_c + first + p + v * L;
         const int64_t n = count - p - v * L;
         store(panel + c * kWidth<T> + v * L, n > 0 ? load_some(from, n) : Vec<Acc<T>>{});
@@ -79,9 +81,9 @@ void contiguous_task(const GramBackward<T>& task, int64_t image, int64_t first, 
   }
   const Acc<T>* const symmetric = task.symmetric + image * task.symmetric_stride_n;
   T* const output = task.output.data + image * task.output.stride_n + first;
-  for (int64_t c = 0; c < channels; c += kGramRows)
+  for (int64_t c = 0; c < channels; c += kRows)
     for (int64_t p = 0; p < count; p += kWidth<T>)
-      product_rows(min_of(kGramRows, channels - c), symmetric + c * channels, channels, scratch + p / kWidth<T> * size,
+      product_rows(min_of(kRows, channels - c), symmetric + c * channels, channels, scratch + p / kWidth<T> * size,
                    channels, output + c * task.output.stride_c + p, task.output.stride_c, count - p);
 }
 

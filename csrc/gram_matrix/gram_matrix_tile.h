@@ -5,16 +5,18 @@
 
 namespace fastcv::FASTCV_ISA {
 
-// Vectors of columns beside rows of a tile: on AVX-512 (32 registers) 6 x 4, on 16 registers 4 x 2.
-constexpr int kGramVectors = kVectorBytes == 64 ? 4 : 2;
-constexpr int kGramRows = kVectorBytes == 64 ? 6 : 4;
+struct Nothing {
+  void operator()() const {}
+};
 
 // sum[r][v] += rows[r * row_step + k * depth_step] * columns[v * vector_step + k * column_step] over k < depth. Pairs:
-// of two bfloat16 numbers each.
-template <bool Pairs = false, class A, int R, int NV>
+// of two bfloat16 numbers each. `ahead` is called for every other k, to fetch what comes next.
+template <bool Pairs = false, class A, int R, int NV, class Ahead = Nothing>
 FASTCV_INLINE void multiply_add(Vec<A> (&sum)[R][NV], const A* rows, int64_t row_step, int64_t depth_step,
-                                const A* columns, int64_t vector_step, int64_t column_step, int64_t depth) {
+                                const A* columns, int64_t vector_step, int64_t column_step, int64_t depth,
+                                const Ahead& ahead = {}) {
   for (int64_t k = 0; k < depth; ++k, rows += depth_step, columns += column_step) {
+    if (k % 2) ahead();
     Vec<A> w[NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) w[v] = load(columns + v * vector_step);
