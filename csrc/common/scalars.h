@@ -13,6 +13,9 @@
 #define FASTCV_SCALAR __host__ __device__ __forceinline__
 #else
 #define FASTCV_SCALAR inline __attribute__((always_inline))
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 #endif
 
 namespace fastcv::FASTCV_ISA {

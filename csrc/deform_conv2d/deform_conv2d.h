@@ -30,7 +30,7 @@ struct DeformConv2dShape {
   int64_t groups, offset_groups;
 
   // Inlined by force: a copy compiled for AVX-512 must not be what other files link to.
-#define FASTCV_MEMBER inline __attribute__((always_inline))
+#define FASTCV_MEMBER FASTCV_HOST_DEVICE inline __attribute__((always_inline))
   FASTCV_MEMBER int64_t taps() const { return kernel_h * kernel_w; }
   FASTCV_MEMBER int64_t group_channels() const { return channels / groups; }
   FASTCV_MEMBER int64_t group_outputs() const { return out_channels / groups; }

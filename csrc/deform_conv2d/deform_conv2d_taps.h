@@ -9,6 +9,7 @@
 #pragma once
 
 #include "deform_conv2d.h"
+#include "deform_conv2d_position.h"
 #include "deform_conv2d_tile.h"
 
 namespace fastcv::FASTCV_ISA {
@@ -67,17 +68,6 @@ FASTCV_INLINE void load_row_of(const S* source, const Addresses<A>& addresses, A
   for (int i = 0; i < kPanel<A>; ++i) row[i] = A(to_accumulate(source[addresses.at[i]]));
 }
 
-// f(data) with the tensor's data as its own type.
-template <class F>
-FASTCV_INLINE auto with_type(const AnyTensor& tensor, const F& f) {
-  switch (tensor.type) {
-    case FloatType::f64: return f(static_cast<const double*>(tensor.data));
-    case FloatType::f16: return f(static_cast<const half_t*>(tensor.data));
-    case FloatType::bf16: return f(static_cast<const bfloat16_t*>(tensor.data));
-    default: return f(static_cast<const float*>(tensor.data));
-  }
-}
-
 // One channel of a tensor at the panel's pixels.
 template <class A>
 void load_row(const AnyTensor& tensor, int64_t channel, const Addresses<A>& addresses, A* row) {
@@ -104,11 +94,6 @@ void load_rows(const AnyTensor& tensor, int64_t channel, int64_t n, const Addres
   });
 }
 
-template <class A>
-FASTCV_INLINE A load_element(const AnyTensor& tensor, int64_t at) {
-  return with_type(tensor, [&](auto* data) { return A(to_accumulate(data[at])); });
-}
-
 // ---- positions ------------------------------------------------------------------------------------------------------
 
 // Bits of `valid`: corners inside the input.
@@ -121,19 +106,6 @@ struct Positions {
   A mask[kPanel<A>];
   int32_t valid[kPanel<A>];
 };
-
-// One coordinate: its floor, its fraction and whether the floor and the next integer are in [0, size).
-template <class A>
-FASTCV_INLINE void split(A position, int32_t size, int32_t* low, A* fraction, int32_t* low_valid, int32_t* high_valid) {
-  A p = position >= A(-2) ? position : A(-2);  // NaN too
-  p = p < A(size) ? p : A(size);
-  int32_t floor = int32_t(p);
-  floor -= A(floor) > p;
-  *low = floor;
-  *fraction = p - A(floor);
-  *low_valid = (floor >= 0) & (floor < size);
-  *high_valid = (floor >= -1) & (floor < size - 1);
-}
 
 // Both coordinates of the samples of one kernel element. A sample exactly on the line one pixel before the first counts
 // as outside, so its corner of weight zero is not read, except for derivatives, which there are those to the right.

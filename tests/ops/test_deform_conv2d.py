@@ -36,6 +36,7 @@ CONFIGURATIONS = [
     {"channels": 150, "outputs": 3, "batch": 3, "size": (5, 7)},
     {"channels": 2, "outputs": 2, "size": (40, 45), "spread": 30.0},
     {"channels": 2, "outputs": 300, "size": (4, 40), "kernel": (4, 2), "padding": (2, 4), "stride": (1, 2)},
+    {"channels": 48, "outputs": 72, "size": (9, 20), "offset_groups": 2},
 ]
 
 
@@ -289,6 +290,20 @@ def test_mixed_types():
     for gradient, tensor, exact_gradient in zip(torch.autograd.grad(result, mixed, grad), mixed, expected, strict=True):
         assert gradient.dtype == tensor.dtype
         assert_near(gradient, exact_gradient, torch.finfo(tensor.dtype).eps + 1e-6)
+
+
+def test_gradient_of_another_type():
+    tensors, constants = random_arguments(dtype=torch.bfloat16, channels=8, outputs=4)
+    exact = [t.double() for t in tensors]
+    grad = gradient_of(exact, constants).float()
+    for memory_format in FORMATS:
+        tensors[0].data = tensors[0].contiguous(memory_format=memory_format)
+        gradients = operator_backward(grad, *tensors, *constants)
+        assert gradients[0].is_contiguous(memory_format=memory_format)
+        expected = reference.deform_conv2d_backward(grad.double(), *exact, *constants)
+        for gradient, exact_gradient in zip(gradients, expected, strict=True):
+            assert gradient.dtype == torch.bfloat16
+            assert_near(gradient, exact_gradient, 2**-8)
 
 
 def test_autocast():
