@@ -100,6 +100,7 @@ CALLS = {
         (BOXES, SCORES, CLASSES, [3, 1], [0.5, 2.0], 0.4, 0.36, "avg", False),
         (BOXES, SCORES, CLASSES, [2, 2], [3.0, 2.0], 0.3, 0.1, "max", True),
     ],
+    "paste_masks_in_image": [(torch.rand(2, 1, 5, 7), torch.tensor([[1, 2, 8, 9], [-3, 0, 4, 30]]), 11, 13, 1)],
     "roi_pool": [(FEATURE, ROIS, *BINS)],
     "roi_pool_backward": [(GRAD, ROIS, ARGMAX, *BINS, *SHAPE)],
     "ps_roi_align": [(FEATURE, ROIS, *BINS, 4), (FEATURE, ROIS, *BINS, -1)],

@@ -1,4 +1,4 @@
-"""Operators that detectors call in their own Python: non-maximum suppression, and RoIAlign over a feature pyramid.
+"""Operators that detectors call in their own Python: non-maximum suppression, RoIAlign over a feature pyramid, masks.
 
 torchvision's methods look them up in the globals of their module. An accelerated model gets methods of its own, with
 the same code and other globals: nothing outside the model changes (``fastcv.patch`` is for that).
@@ -58,6 +58,23 @@ def pool_pyramid(maps, boxes, output_size, sampling_ratio, scales, mapper):
     )
 
 
+def _calls_paste_masks(module: nn.Module) -> bool:
+    function = getattr(type(module), "postprocess", None)
+    roi_heads = sys.modules.get("torchvision.models.detection.roi_heads")
+    return (
+        isinstance(function, types.FunctionType)
+        and roi_heads is not None
+        and function.__globals__.get("paste_masks_in_image") is roi_heads.paste_masks_in_image
+    )
+
+
+def paste_masks(masks, boxes, img_shape, padding=1):
+    from ..interop.torchvision import pastes
+
+    function = ops if pastes(masks) else sys.modules["torchvision.models.detection.roi_heads"]
+    return function.paste_masks_in_image(masks, boxes, img_shape, padding)
+
+
 def replace_operators(model: nn.Module) -> list[str]:
     """Give detection methods of ``model`` fastcv's operators; returns what was replaced."""
     poolers = sys.modules.get("torchvision.ops.poolers")
@@ -75,4 +92,7 @@ def replace_operators(model: nn.Module) -> list[str]:
                 scope = {"box_ops": _Boxes(batched_nms=ops.batched_nms)}
                 module.__dict__[method] = Method(module, method, scope)
                 replaced.append(f"{name}.{method}".lstrip(".") + ": batched_nms")
+        if _calls_paste_masks(module) and "postprocess" not in module.__dict__:
+            module.__dict__["postprocess"] = Method(module, "postprocess", {"paste_masks_in_image": paste_masks})
+            replaced.append(f"{name}.postprocess".lstrip(".") + ": paste_masks_in_image")
     return replaced

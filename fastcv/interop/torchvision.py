@@ -11,6 +11,7 @@ What differs, always towards what the documentation of torchvision leads one to 
 * ``ps_roi_align`` gives 0, not NaN, for a region without samples;
 * the gradient of ``ps_roi_pool`` is that of its output: torchvision's spreads over the map's last row
   and column too, which its forward pass leaves out;
+* ``paste_masks_in_image`` gives zeros for a box outside the image, where torchvision raises;
 * the RoI operators and ``deform_conv2d`` accept bfloat16, and features and boxes of different
   types;
 * under ``torch.autocast`` on the CPU no operator fails and none copies its input to float32;
@@ -149,6 +150,18 @@ def multiscale_roi_align(x_filtered, boxes, output_size, sampling_ratio, scales,
     ).contiguous()
 
 
+def paste_masks_in_image(masks, boxes, img_shape, padding=1):
+    """Replaces torchvision's, which resizes, pads and stacks the masks of an image one after the other."""
+    if torch.jit.is_tracing() or masks.device.type not in _devices or not pastes(masks):
+        return _originals["paste_masks_in_image"](masks, boxes, img_shape, padding)
+    return ops.paste_masks_in_image(masks, boxes, img_shape, padding)
+
+
+def pastes(masks: Tensor) -> bool:
+    """Whether torchvision gives the same: to both axes it gives the scale of the width."""
+    return masks.dim() == 4 and masks.shape[1] == 1 and masks.shape[2] == masks.shape[3] > 0
+
+
 def is_plain_pyramid(maps, scales, mapper) -> bool:
     """Several maps alike but for their size, one for each level, assigned by torchvision's rule.
 
@@ -225,6 +238,13 @@ def _multiscale_roi_align_body(
         )
 
 
+def _paste_masks_in_image_body(masks: Tensor, boxes: Tensor, img_shape: tuple[int, int], padding: int = 1) -> Tensor:
+    if torch.jit.is_scripting():
+        return _torchvision_paste_masks_in_image(masks, boxes, img_shape, padding)  # noqa: F821
+    else:
+        return _fastcv_paste_masks_in_image(masks, boxes, img_shape, padding)  # noqa: F821
+
+
 # ---- apply and undo ------------------------------------------------------------------------------
 
 
@@ -244,6 +264,8 @@ class _Applied:
                     _multiscale_roi_align_body,
                     multiscale_roi_align,
                 )
+                roi_heads = torchvision.models.detection.roi_heads
+                self._swap(roi_heads.paste_masks_in_image, _paste_masks_in_image_body, paste_masks_in_image)
             functions = [f"{swap.function.__module__}.{swap.function.__name__}" for swap in self.swaps]
         except BaseException:
             self.undo()

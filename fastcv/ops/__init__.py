@@ -34,6 +34,7 @@ from .max_unpool2d import max_unpool2d
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
+from .paste_masks_in_image import paste_masks_in_image
 from .ps_roi_align import PSRoIAlign, ps_roi_align
 from .ps_roi_pool import PSRoIPool, ps_roi_pool
 from .regularization import (
@@ -99,6 +100,7 @@ __all__ = [
     "multiscale_roi_align",
     "nms",
     "nms_padded",
+    "paste_masks_in_image",
     "ps_roi_align",
     "ps_roi_pool",
     "remove_small_boxes",

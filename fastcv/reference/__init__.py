@@ -13,6 +13,7 @@ from . import matrix_nms as matrix_nms
 from . import max_pool2d as max_pool2d
 from . import nms as nms
 from . import null as null
+from . import paste_masks_in_image as paste_masks_in_image
 from . import ps_roi_align as ps_roi_align
 from . import ps_roi_pool as ps_roi_pool
 from . import roi_align as roi_align
