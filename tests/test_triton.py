@@ -13,20 +13,51 @@ pytestmark = pytest.mark.emulated
 
 STEMS = sorted(set(_library.TRITON.values()))
 CAPABILITIES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # with the shared memory that a block may have
+ALSO = {"avg_pool2d": "pooling_"}  # tests of several operators
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+
+
+def files(stem):
+    names = {stem, ALSO.get(stem, stem), *(name for name, module in _library.TRITON.items() if module == stem)}
+    return sorted({str(path) for name in names for path in (ROOT / "tests/ops").glob(f"test_{name}*.py")})
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_passes_the_operators_tests(stem):
-    files = [str(path) for path in sorted((ROOT / "tests/ops").glob(f"test_{stem}*.py"))]
     arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "backends.triton_interpreter", "-o", "addopts="]
     paths = [ROOT, ROOT / "tests"]
-    result = run_python([*arguments, "-k", DEVICE_TESTS, *files], paths=paths, environment={"TRITON_INTERPRET": "1"})
+    result = run_python(
+        [*arguments, "-k", DEVICE_TESTS, *files(stem)], paths=paths, environment={"TRITON_INTERPRET": "1"}
+    )
     output = result.stdout + result.stderr
     assert result.returncode == 0 and " passed" in output, output[-6000:]
     called = re.search("calls of Triton kernels: (.*)", output)[1]
     for name, module in _library.TRITON.items():
         assert module != stem or f"{name} " in called, (name, called)
+
+
+def test_indices_outside_the_map():
+    """No kernel can raise: they are nobody's, and NaN says that there was one."""
+    script = """
+import torch
+from fastcv.ops._pooling import window
+from fastcv.triton_kernels.max_pool2d import max_unpool2d, max_unpool2d_backward
+values, grad = torch.ones(1, 2, 2, 3), torch.ones(1, 2, 4, 6)
+for bad in (24, -1, 2**40, -(2**63)):
+    indices = torch.tensor([[[0, 3, 5], [12, 14, 16]], [[0, 3, bad], [12, bad, 16]]])[None]
+    for sum in (False, True):
+        out = max_unpool2d(values, indices, 4, 6, *window(2, 2, 0), sum)[0]
+        assert out[0].sum() == 6 and out[1].isnan().flatten().nonzero().tolist() == [[0]] and out[1].nansum() == 3
+        gradient = max_unpool2d_backward(grad, indices, *window(2, 2, 0), sum)
+        assert torch.equal(gradient.isnan(), indices == bad)
+compact = torch.tensor([[[0, 1, 2], [3, 3, 4]], [[3, 2, 255], [0, 0, 0]]], dtype=torch.uint8)[None]
+out = max_unpool2d(values, compact, 4, 6, *window(2, 2, 0), False)
+assert out[0, 0].sum() == 5 and out[0, 1].sum() == 5
+gradient = max_unpool2d_backward(grad, compact, *window(2, 2, 0), False)
+assert gradient.isnan().nonzero().tolist() == [[0, 0, 1, 2], [0, 1, 0, 2]]
+"""
+    result = run_python(["-c", script], environment={"TRITON_INTERPRET": "1"})
+    assert result.returncode == 0, result.stderr
 
 
 def variants():

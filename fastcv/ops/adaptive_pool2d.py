@@ -22,14 +22,17 @@ from .max_pool2d import _max_unpool2d, _max_unpool2d_backward
 define(
     "adaptive_avg_pool2d(Tensor input, SymInt height, SymInt width) -> Tensor",
     reference.adaptive_pool2d.adaptive_avg_pool2d,
+    triton=True,
 )
 define(
     "adaptive_avg_pool2d_backward(Tensor grad, SymInt height, SymInt width) -> Tensor",
     reference.adaptive_pool2d.adaptive_avg_pool2d_backward,
+    triton=True,
 )
 define(
     "adaptive_max_pool2d(Tensor input, SymInt height, SymInt width) -> (Tensor, Tensor)",
     reference.adaptive_pool2d.adaptive_max_pool2d,
+    triton=True,
 )
 _avg = torch.ops.fastcv.adaptive_avg_pool2d.default
 _avg_backward = torch.ops.fastcv.adaptive_avg_pool2d_backward.default

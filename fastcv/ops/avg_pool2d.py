@@ -29,11 +29,13 @@ _WINDOW = ", ".join(f"SymInt {name}_{axis}" for name in ("kernel", "stride", "pa
 define(
     f"avg_pool2d(Tensor input, {_WINDOW}, bool ceil_mode, bool count_include_pad, int divisor) -> Tensor",
     reference.avg_pool2d.avg_pool2d,
+    triton=True,
 )
 define(
     f"avg_pool2d_backward(Tensor grad, SymInt height, SymInt width, {_WINDOW}, bool count_include_pad, "
     "int divisor) -> Tensor",
     reference.avg_pool2d.avg_pool2d_backward,
+    triton=True,
 )
 _avg_pool2d = torch.ops.fastcv.avg_pool2d.default
 _avg_pool2d_backward = torch.ops.fastcv.avg_pool2d_backward.default

@@ -18,10 +18,15 @@ from ._checks import check_floating, check_shape, pair
 from ._rois import front
 
 _CONSTANTS = "float scale_h, float scale_w, str mode, bool align_corners"
-define(f"interpolate(Tensor input, SymInt[2] output_size, {_CONSTANTS}) -> Tensor", reference.interpolate.interpolate)
+define(
+    f"interpolate(Tensor input, SymInt[2] output_size, {_CONSTANTS}) -> Tensor",
+    reference.interpolate.interpolate,
+    triton=True,
+)
 define(
     f"interpolate_backward(Tensor grad, SymInt[2] input_size, {_CONSTANTS}) -> Tensor",
     reference.interpolate.interpolate_backward,
+    triton=True,
 )
 
 MODES = ("nearest", "bilinear", "bed_of_nails")

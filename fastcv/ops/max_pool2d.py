@@ -41,14 +41,17 @@ _WINDOW = ", ".join(f"SymInt {name}_{axis}" for name in ("kernel", "stride", "pa
 define(
     f"max_pool2d(Tensor input, {_WINDOW}, bool ceil_mode, int index_bytes) -> (Tensor, Tensor)",
     reference.max_pool2d.max_pool2d,
+    triton=True,
 )
 define(
     f"max_unpool2d(Tensor input, Tensor indices, SymInt height, SymInt width, {_WINDOW}, bool sum) -> Tensor",
     reference.max_pool2d.max_unpool2d,
+    triton=True,
 )
 define(
     f"max_unpool2d_backward(Tensor grad, Tensor indices, {_WINDOW}, bool sum) -> Tensor",
     reference.max_pool2d.max_unpool2d_backward,
+    triton=True,
 )
 _max_pool2d = torch.ops.fastcv.max_pool2d.default
 _max_unpool2d = torch.ops.fastcv.max_unpool2d.default

@@ -4,7 +4,8 @@ Defined on every path alike:
 
 * a pixel at which several windows point gets the value of the last of them in reading order, and only that window gets
   its gradient;
-* an index outside the map raises, and names the first one in reading order;
+* an index outside the map raises, and names the first one in reading order; on CUDA devices, where that would wait for
+  the device, the first pixel of its plane is NaN, and so is its gradient;
 * all else is zero.
 
 In ONNX graphs it becomes ``ScatterElements``, after a ``ScatterElements`` with ``max`` that finds the last windows
@@ -45,7 +46,7 @@ def max_unpool2d(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or value, or that contradicts compact indices.
-        RuntimeError: an index outside the map.
+        RuntimeError: an index outside the map (on the CPU).
 
     Source: Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014, section 2.1.
 

@@ -14,8 +14,20 @@ calls: dict[str, int] = {}
 
 def pytest_configure():
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
+    from triton.runtime import interpreter
+
     from fastcv import _library
 
+    # Half of its time went into whether 32-bit numbers overflow, which it only says where debug is set, and into
+    # patching the language at each call of a function, which the kernel's launch has done for ours.
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+    call = interpreter.InterpretedFunction.__call__
+
+    def call_or_run(self, *args, **kwargs):
+        ours = self.fn.__module__.startswith("fastcv.")
+        return self.rewrite()(*args, **kwargs) if ours else call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_or_run
     for name in _library.TRITON:
         calls[name] = 0
         _library.LIBRARY.impl(name, _counted(name, _library.triton_kernel(name)), "CPU", allow_override=True)
