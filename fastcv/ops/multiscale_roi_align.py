@@ -21,12 +21,14 @@ define(
     "multiscale_roi_align(Tensor[] inputs, Tensor boxes, float[] spatial_scales, SymInt pooled_height, "
     "SymInt pooled_width, int sampling_ratio, bool aligned, int canonical_scale, int canonical_level) -> Tensor",
     reference.roi_align.multiscale_roi_align,
+    triton=True,
 )
 define(
     "multiscale_roi_align_backward(Tensor grad, Tensor boxes, float[] spatial_scales, SymInt pooled_height, "
     "SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt[] heights, SymInt[] widths, int sampling_ratio, "
     "bool aligned, int canonical_scale, int canonical_level) -> Tensor[]",
     reference.roi_align.multiscale_roi_align_backward,
+    triton=True,
 )
 
 

@@ -29,11 +29,13 @@ define(
     "ps_roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio) -> Tensor",
     reference.ps_roi_align.ps_roi_align,
+    triton=True,
 )
 define(
     "ps_roi_align_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "SymInt batch_size, SymInt channels, SymInt height, SymInt width, int sampling_ratio) -> Tensor",
     reference.ps_roi_align.ps_roi_align_backward,
+    triton=True,
 )
 
 

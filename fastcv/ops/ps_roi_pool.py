@@ -29,11 +29,13 @@ from ._rois import (
 define(
     "ps_roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
     reference.ps_roi_pool.ps_roi_pool,
+    triton=True,
 )
 define(
     "ps_roi_pool_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "SymInt batch_size, SymInt channels, SymInt height, SymInt width) -> Tensor",
     reference.ps_roi_pool.ps_roi_pool_backward,
+    triton=True,
 )
 
 

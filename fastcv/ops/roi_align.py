@@ -23,11 +23,13 @@ define(
     "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio, bool aligned) -> Tensor",
     reference.roi_align.roi_align,
+    triton=True,
 )
 define(
     "roi_align_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "SymInt batch_size, SymInt channels, SymInt height, SymInt width, int sampling_ratio, bool aligned) -> Tensor",
     reference.roi_align.roi_align_backward,
+    triton=True,
 )
 
 

@@ -23,11 +23,13 @@ define(
     "roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
     "-> (Tensor, Tensor)",
     reference.roi_pool.roi_pool,
+    triton=True,
 )
 define(
     "roi_pool_backward(Tensor grad, Tensor boxes, Tensor argmax, float spatial_scale, SymInt pooled_height, "
     "SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width) -> Tensor",
     reference.roi_pool.roi_pool_backward,
+    triton=True,
 )
 
 

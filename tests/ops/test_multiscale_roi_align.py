@@ -227,7 +227,7 @@ def small(request):
     return maps, boxes, lambda *maps: multiscale_roi_align(maps, boxes, 2, [1 / 4, 1 / 8], 2, canonical_scale=12)
 
 
-def test_gradients(small):
+def test_derivatives(small):
     maps, _, function = small
     leaves = [m.requires_grad_() for m in maps]
     # Its batched checks use torch's former vmap, which takes no list of tensors; torch.func.vmap is tested below.
@@ -239,7 +239,7 @@ def test_gradients(small):
     assert torch.autograd.gradcheck(lambda m: function(constant, m), leaves[1], check_forward_ad=True)
 
 
-def test_transforms(small):
+def test_derivatives_by_transforms(small):
     maps, _, function = small
     value, derivative = torch.func.jvp(lambda m: function(maps[0], m), (maps[1],), (maps[1].cos(),))
     torch.testing.assert_close(value, function(*maps))

@@ -73,7 +73,7 @@ def small(request):
     return features, boxes, lambda x: roi_align(x, boxes, (2, 1), 0.9, 2, True)
 
 
-def test_gradients(small):
+def test_derivatives(small):
     features, boxes, function = small
     features.requires_grad_()
     everything = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
@@ -82,7 +82,7 @@ def test_gradients(small):
     assert torch.autograd.gradcheck(lambda x: roi_align(x, boxes, 2), features, **everything)
 
 
-def test_transforms(small):
+def test_derivatives_by_transforms(small):
     features, boxes, function = small
     tangent = torch.linspace(-1, 1, features.numel(), dtype=torch.float64).view(features.shape)
     value, derivative = torch.func.jvp(function, (features,), (tangent,))
