@@ -23,6 +23,15 @@ def on_kernels(*tensors: Tensor | None) -> bool:
     return _library.cpu_loaded
 
 
+def on_triton(kernel: str, *tensors: Tensor | None) -> bool:
+    """Whether Triton's kernels take these, which they do on request: on a CUDA device, of one type, nothing trained."""
+    if kernel != "auto" or "conv2d" not in _library._from_triton:
+        return False
+    input, weight, *_ = tensors
+    alike = all(t is None or (t.is_cuda and t.dtype is input.dtype) for t in tensors)
+    return alike and not (weight.requires_grad and torch.is_grad_enabled())
+
+
 def tracing() -> bool:
     """Whether torch.compile, a transform of torch.func or fake tensors look on: weights may stand for others."""
     return (

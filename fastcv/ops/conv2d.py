@@ -1,7 +1,8 @@
 """Convolution with a fused epilogue: :func:`conv2d`.
 
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
-Other types and devices run on torch's convolution, followed by the epilogue.
+Other types and devices run on torch's convolution, followed by the epilogue; CUDA devices, where ``FASTCV_TRITON=all``
+asks for it and weights are not trained, on kernels in Triton, in all floating types.
 
 Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's
 step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data`` or NumPy is not.
@@ -25,7 +26,16 @@ from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
 from ._conv2d_training import input_gradient, training_kernel
-from ._convolution import ACTIVATIONS, call_key, calls, on_kernels, register_convolution, remember_call, tracing
+from ._convolution import (
+    ACTIVATIONS,
+    call_key,
+    calls,
+    on_kernels,
+    on_triton,
+    register_convolution,
+    remember_call,
+    tracing,
+)
 from ._layouts import kept_layout
 from ._vmap import register_image_vmap
 
@@ -39,12 +49,24 @@ define(
     f"conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, {_GEOMETRY}, "
     "str activation, float slope, str kernel) -> Tensor",
     reference.conv2d.conv2d,
+    triton=True,
+    torch_has_kernel=True,
 )
-define(f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor", reference.conv2d.conv2d_prepare)
+define(
+    f"conv2d_prepare(Tensor weight, {_GEOMETRY}, str kernel) -> Tensor",
+    reference.conv2d.conv2d_prepare,
+    triton=True,
+    torch_has_kernel=True,
+)
 LIBRARY.define(
     "conv2d_prepared(Tensor input, Tensor prepared, Tensor? bias, Tensor? residual, int[] code, float slope) -> Tensor"
 )
-define(f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", reference.conv2d.conv2d_kernel)
+define(
+    f"conv2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int",
+    reference.conv2d.conv2d_kernel,
+    triton=True,
+    torch_has_kernel=True,
+)
 
 
 def conv2d(
@@ -68,7 +90,7 @@ def conv2d(
     Source of the Winograd kernels: Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016.
 
     Args:
-        input: ``[N, C, H, W]``, any floating type (kernels: float32), contiguous or channels-last.
+        input: ``[N, C, H, W]``, any floating type (the CPU's kernels: float32), contiguous or channels-last.
         weight: ``[K, C / groups, KH, KW]``, of the input's type, but under autocast.
         bias: ``[K]``, as the weight.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`; padding also ``"valid"`` or, with
@@ -84,7 +106,7 @@ def conv2d(
             ``"winograd_5x5"`` or ``"winograd_5x5_4x4"`` (5x5, stride 1), ``"depthwise"``, ``"grouped"``, ``"bf16"``
             or, on processors with AMX, ``"amx"`` (operands rounded to bfloat16), or ``"torch"``.
             ``"auto"`` takes none of ``"bf16"``, ``"amx"``, ``"winograd_6x6"`` and ``"winograd_5x5_4x4"``, which are
-            less exact.
+            less exact. On other devices than the CPU all but ``"auto"`` are torch's.
 
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format. Differentiable with respect to all tensors, in both modes,
@@ -100,7 +122,9 @@ def conv2d(
         1e6, outliers and sparse filters: at most ``c * S``, with ``S`` the sum over channels of ``max |x|``, of the
         input pixels of the output's tile (at most 6 x 6, less exact 8 x 8), times the sum of ``|w|`` over the filter;
         c is 3e-6, less exact 1e-5. So a large, infinite or NaN pixel disturbs all outputs of its tiles. Kernels without
-        Winograd: at most 5e-6 of the output's own sum of ``|x| |w|``.
+        Winograd: at most 5e-6 of the output's own sum of ``|x| |w|``. Those in Triton are made for the same, which is
+        not yet measured, unless ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``; half types they sum in
+        float32, and round once.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape or device.
@@ -140,7 +164,7 @@ def conv2d(
                 F.pad(input, (0, uneven[1], 0, uneven[0])), weight, bias, 1, tuple(geometry[2]), dilation, groups,
                 residual=residual, activation=activation, negative_slope=negative_slope, kernel=kernel,
             )  # fmt: skip
-        if not on_kernels(input, weight, bias, residual):
+        if not on_kernels(input, weight, bias, residual) and not on_triton(kernel, input, weight, bias, residual):
             return reference.conv2d.conv2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
             )
@@ -149,6 +173,11 @@ def conv2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, kernel
             )
         call = _make_call(input, weight, geometry, activation, kernel)
+        if call is None:
+            prepared = prepared_weight(weight, *geometry, kernel)
+            return torch.ops.fastcv.conv2d(
+                input, weight, bias, residual, prepared, *geometry, activation, negative_slope, kernel
+            )
         remember_call(key, call)
     geometry, chosen, code = call
     if kernel == "auto" and weight.requires_grad and torch.is_grad_enabled():
@@ -173,9 +202,13 @@ class _Call(NamedTuple):
     code: list[int]  # of conv2d_prepared
 
 
-def _make_call(input: Tensor, weight: Tensor, geometry, activation: str, kernel: str) -> _Call:
+def _make_call(input: Tensor, weight: Tensor, geometry, activation: str, kernel: str) -> _Call | None:
+    """None for Triton's kernels, which have no names."""
     if kernel == "auto":
-        kernel = KERNELS[torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)]
+        number = torch.ops.fastcv.conv2d_kernel(input, weight, *geometry)
+        if number < 0:
+            return None
+        kernel = KERNELS[number]
     groups, stride, padding, dilation = geometry
     outputs, _, *size = weight.shape
     numbers = KERNELS.index(kernel), ACTIVATIONS.index(activation), groups

@@ -2,7 +2,7 @@
 
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
 Other types and devices run on torch's transposed convolution, followed by the epilogue; so do weights that are being
-trained. What :mod:`fastcv.ops.conv2d` says of prepared weights holds here too.
+trained. What :mod:`fastcv.ops.conv2d` says of prepared weights and of kernels in Triton holds here too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from .._library import LIBRARY, define
 from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
-from ._convolution import ACTIVATIONS, call_key, calls, on_kernels, register_convolution, remember_call, tracing
+from ._convolution import (
+    ACTIVATIONS,
+    call_key,
+    calls,
+    on_kernels,
+    on_triton,
+    register_convolution,
+    remember_call,
+    tracing,
+)
 from ._layouts import kept_layout
 from ._vmap import register_image_vmap
 from .conv2d import conv2d
@@ -43,12 +52,21 @@ define(
     "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, "
     f"{_GEOMETRY}, str activation, float slope, str kernel) -> Tensor",
     _reference.conv_transpose2d,
+    triton=True,
+    torch_has_kernel=True,
 )
 define(
     f"conv_transpose2d_prepare(Tensor input, Tensor weight, {_GEOMETRY}, str kernel) -> Tensor",
     _reference.conv_transpose2d_prepare,
+    triton=True,
+    torch_has_kernel=True,
 )
-define(f"conv_transpose2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int", _reference.conv_transpose2d_kernel)
+define(
+    f"conv_transpose2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int",
+    _reference.conv_transpose2d_kernel,
+    triton=True,
+    torch_has_kernel=True,
+)
 
 
 def conv_transpose2d(
@@ -73,7 +91,7 @@ def conv_transpose2d(
     no zeros between pixels are multiplied and no intermediate map is made.
 
     Args:
-        input: ``[N, C, H, W]``, any floating type (kernels: float32), contiguous or channels-last.
+        input: ``[N, C, H, W]``, any floating type (the CPU's kernels: float32), contiguous or channels-last.
         weight: ``[C, K / groups, KH, KW]``, of the input's type, but under autocast.
         bias: ``[K]``, as the weight.
         stride, padding, output_padding, groups, dilation: as in :func:`torch.nn.functional.conv_transpose2d`.
@@ -123,7 +141,7 @@ def conv_transpose2d(
     call: _Call | None = calls.get(key)
     if call is None:
         geometry = _check(input, weight, bias, residual, *options)
-        if not on_kernels(input, weight, bias, residual):
+        if not on_kernels(input, weight, bias, residual) and not on_triton(kernel, input, weight, bias, residual):
             return _reference.conv_transpose2d(
                 input, weight, bias, residual, None, *geometry, activation, negative_slope, ""
             )
@@ -159,7 +177,8 @@ class _Call(NamedTuple):
 
 def _make_call(input: Tensor, weight: Tensor, geometry, kernel: str) -> _Call:
     if kernel == "auto":
-        kernel = KERNELS[torch.ops.fastcv.conv_transpose2d_kernel(input, weight, *geometry)]
+        number = torch.ops.fastcv.conv_transpose2d_kernel(input, weight, *geometry)
+        kernel = KERNELS[number] if number >= 0 else kernel  # Triton's have no names
     groups, stride, padding, output_padding, dilation = geometry
     # Which kernel serves a phase may depend on its padding as well, but only where the phase is dilated.
     pads = () if dilation == [1, 1] else (*padding, *output_padding)

@@ -7,7 +7,7 @@ import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import FORMATS, compiled_only, error, with_kernels
+from conv_cases import FORMATS, compiled_only, cpu_only, error, with_kernels
 from torch.library import opcheck
 
 import fastcv
@@ -93,6 +93,7 @@ def test_reference(shape, kernel):
     conv_cases.check_kernel(conv2d, F.conv2d, case(shape), kernel, tolerance)
 
 
+@cpu_only
 @compiled_only
 def test_each_kernel_serves_something():
     chosen = set()

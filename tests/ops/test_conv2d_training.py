@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import FORMATS, compiled_only, error
+from conv_cases import FORMATS, compiled_only, cpu_only, error
 from nms_cases import assert_all_equal, with_threads
 from torch.library import opcheck
 
@@ -13,6 +13,8 @@ import fastcv
 from fastcv._library import implementation
 from fastcv.ops import conv2d
 from fastcv.ops._conv2d_training import _kernel, input_gradient_kernel
+
+pytestmark = cpu_only
 
 # images, channels, outputs, height, width, padding; large enough that training runs on fastcv's kernels
 TRAINED = [(8, 64, 64, 34, 31, 1), (8, 80, 64, 33, 36, 0), (6, 70, 82, 31, 32, 2), (12, 128, 112, 14, 14, (2, 1))]
