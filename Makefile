@@ -61,7 +61,7 @@ test-gpu: $(GPU_BUILD)/.built
 	$(SANITIZER) --tool racecheck $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "never_waits or stream"
 
 bench-gpu: $(GPU_BUILD)/.built
-	$(GPU_PYTHON) -m benchmarks --device cuda
+	FASTCV_TRITON=all $(GPU_PYTHON) -m benchmarks --device cuda
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.device == "cuda" and os.environ.get("FASTCV_TRITON") != "all":
+        print("set FASTCV_TRITON=all: without it torch's kernels would be timed against themselves", file=sys.stderr)
+        return 1
     cases = find_cases(options.only, options.device)
     if not cases:
         print(f"no operator's name contains {options.only!r}", file=sys.stderr)

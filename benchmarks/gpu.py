@@ -6,6 +6,7 @@ torch's convolutions are cuDNN's, in channels-last; its float32 is without TF32,
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.detection import roi_heads
 
 import fastcv
 from benchmarks import shapes
@@ -50,6 +51,42 @@ REGIONS = [
     for what, prepare in (("", forward), ("backward, ", backward))
 ]  # fmt: skip
 
+
+def _pyramid():
+    maps = {str(i): shapes.feature((1, 256, 800 // 4 >> i, 1088 // 4 >> i), channels_last=True) for i in range(4)}
+    return maps, [shapes.clustered_boxes(1000, 60)[0]], [shapes.IMAGE]
+
+
+def _deformable(grad: bool = False):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 256, 100, 136), torch.randn(256, 256, 3, 3) / 48
+    offset, mask = torch.randn(2, 18, 100, 136), torch.rand(2, 9, 100, 136)
+    return tuple(t.requires_grad_(grad) for t in (x, offset, weight, mask))
+
+
+def _deform(function):
+    return lambda x, offset, weight, mask: function(x, offset, weight, padding=1, mask=mask)
+
+
+def _masks():
+    torch.manual_seed(0)
+    return torch.rand(100, 1, 28, 28), shapes.clustered_boxes(100, 100)[0], shapes.IMAGE
+
+
+LEVELS = ["0", "1", "2", "3"]
+REGIONS += [
+    Case("multiscale_roi_align", "1000 RoIs on four levels, 256 x 7x7", _pyramid,
+         _pair(ops.MultiScaleRoIAlign(LEVELS, 7, 2), torchvision.ops.MultiScaleRoIAlign(LEVELS, 7, 2), "torchvision"),
+         tolerance=1e-3),
+    Case("paste_masks_in_image", "100 masks, 800x1088", _masks,
+         _pair(ops.paste_masks_in_image, roi_heads.paste_masks_in_image, "torchvision")),
+] + [
+    Case("deform_conv2d", f"{what}2x256x100x136 to 256, 3x3", lambda p=prepare: _deformable(p is backward),
+         _pair(_deform(ops.deform_conv2d), _deform(torchvision.ops.deform_conv2d), "torchvision", prepare),
+         tolerance=1e-3)
+    for what, prepare in (("", forward), ("backward, ", backward))
+]  # fmt: skip
+
 # ---- layers --------------------------------------------------------------------------------------
 
 # channels, size, outputs, kernel, stride, groups
@@ -82,6 +119,43 @@ CONVOLUTIONS = [
 ]  # fmt: skip
 
 
+def _block(channels: int, size: int):
+    x, weight, *_ = _layer(channels, size, channels, 3, 1, 1, torch.bfloat16)
+    return x, weight, torch.randn(channels, dtype=torch.bfloat16), torch.randn_like(x)
+
+
+def _our_block(x, weight, shift, residual):
+    return ops.conv2d(x, weight, shift, padding=1, residual=residual, activation="relu")
+
+
+def _their_block(x, weight, shift, residual):
+    return F.conv2d(x, weight, shift, padding=1).add_(residual).relu_()
+
+
+def _transposed(channels: int, outputs: int, kernel: int, size: int):
+    torch.manual_seed(0)
+    x = torch.randn(16, channels, size, size, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    return (
+        x,
+        torch.randn(channels, outputs, kernel, kernel, dtype=torch.bfloat16) / channels**0.5,
+        None,
+        2,
+        kernel // 2 - 1,
+    )
+
+
+CONVOLUTIONS += [
+    Case("conv2d", f"{channels} channels, 3x3, {size} pixels, bias, residual and ReLU, bfloat16",
+         lambda c=channels, s=size: _block(c, s), _pair(_our_block, _their_block, "cuDNN"), tolerance=0.05)
+    for channels, size in ((64, 56), (256, 14))
+] + [
+    Case("conv_transpose2d", f"{c} to {k} channels, {n}x{n}/2, {size} pixels, bfloat16",
+         lambda a=(c, k, n, size): _transposed(*a),
+         _pair(ops.conv_transpose2d, F.conv_transpose2d, "cuDNN"), tolerance=0.05)
+    for c, k, n, size in ((512, 256, 2, 32), (256, 128, 4, 32))
+]  # fmt: skip
+
+
 def _map(*size, dtype=torch.bfloat16, grad=False):
     torch.manual_seed(0)
     return (torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_(grad),)
@@ -92,9 +166,25 @@ def _gram(x):
     return torch.bmm(x, x.mT) / (x.shape[1] * x.shape[2])
 
 
+def _our_pooling_and_back(x):
+    values, indices = ops.max_pool2d(x, 2, return_indices=True, indices="compact")
+    return ops.max_unpool2d(values, indices)
+
+
+def _their_pooling_and_back(x):
+    return F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)
+
+
 MAPS = [
     Case("max_pool2d", "2x2, 8x64x256x256", lambda: _map(8, 64, 256, 256),
          _pair(lambda x: ops.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2))),
+    Case("max_unpool2d", "2x2 with its pooling, 8x64x256x256", lambda: _map(8, 64, 256, 256),
+         _pair(_our_pooling_and_back, _their_pooling_and_back)),
+    Case("interpolate", "bilinear x2, 8x256x100x136", lambda: _map(8, 256, 100, 136),
+         _pair(lambda x: ops.interpolate(x, scale_factor=2, mode="bilinear"),
+               lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")), tolerance=0.02),
+    Case("local_response_norm", "32x96x55x55", lambda: _map(32, 96, 55, 55),
+         _pair(lambda x: ops.local_response_norm(x, 5), lambda x: F.local_response_norm(x, 5)), tolerance=0.02),
     Case("interpolate", "nearest x2, 8x256x100x136", lambda: _map(8, 256, 100, 136),
          _pair(lambda x: ops.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, scale_factor=2))),
     Case("gram_matrix", "256 x 65536", lambda: _map(1, 256, 256, 256),
