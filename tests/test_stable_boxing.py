@@ -100,6 +100,7 @@ CALLS = {
         (BOXES, SCORES, CLASSES, [3, 1], [0.5, 2.0], 0.4, 0.36, "avg", False),
         (BOXES, SCORES, CLASSES, [2, 2], [3.0, 2.0], 0.3, 0.1, "max", True),
     ],
+    "match_boxes": [(BOXES[:3], BOXES, 0.7, 0.3, True), (BOXES[:3], BOXES, 0.5, 0.4, False)],
     "paste_masks_in_image": [(torch.rand(2, 1, 5, 7), torch.tensor([[1, 2, 8, 9], [-3, 0, 4, 30]]), 11, 13, 1)],
     "roi_pool": [(FEATURE, ROIS, *BINS)],
     "roi_pool_backward": [(GRAD, ROIS, ARGMAX, *BINS, *SHAPE)],

@@ -28,6 +28,7 @@ from .focal_loss import sigmoid_focal_loss
 from .gram_matrix import gram_matrix, style_loss
 from .interpolate import interpolate
 from .local_response_norm import local_response_norm
+from .match_boxes import match_boxes
 from .matrix_nms import matrix_nms
 from .max_pool2d import PooledIndices, max_pool2d
 from .max_unpool2d import max_unpool2d
@@ -94,6 +95,7 @@ __all__ = [
     "interpolate",
     "local_response_norm",
     "masks_to_boxes",
+    "match_boxes",
     "matrix_nms",
     "max_pool2d",
     "max_unpool2d",

@@ -9,6 +9,7 @@ from . import deform_conv2d as deform_conv2d
 from . import gram_matrix as gram_matrix
 from . import interpolate as interpolate
 from . import local_response_norm as local_response_norm
+from . import match_boxes as match_boxes
 from . import matrix_nms as matrix_nms
 from . import max_pool2d as max_pool2d
 from . import nms as nms
