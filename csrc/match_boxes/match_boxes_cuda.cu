@@ -104,7 +104,8 @@ Tensor match_boxes_cuda(const Tensor& truth_any, const Tensor& boxes_any, double
   with_match_boxes(truth, boxes, high, low, matches, [&](auto task) {
     using A = std::remove_const_t<std::remove_pointer_t<decltype(task.boxes)>>;
     using Bits = decltype(as_bits(A()));
-    const Tensor most = torch::stable::new_zeros(truth, {task.truths});
+    const std::vector<int64_t> truths{task.truths};
+    const Tensor most = torch::stable::new_zeros(truth, truths);
     const int64_t blocks = ceil_div(task.count, kThreads);
     if (allow_low_quality_matches) {
       stream.launch(match_boxes_most_kernel<A, Bits>, {blocks}, kThreads, 0, task,

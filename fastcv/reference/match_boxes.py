@@ -9,7 +9,7 @@ from torch import Tensor
 def match_boxes(
     gt_boxes: Tensor, boxes: Tensor, high_threshold: float, low_threshold: float, allow_low_quality_matches: bool
 ) -> Tensor:
-    if not gt_boxes.shape[0]:
+    if not gt_boxes.shape[0] or not boxes.shape[0]:
         return torch.full((boxes.shape[0],), -1, device=boxes.device)
     truth, other = gt_boxes[:, None], boxes[None]
     size = torch.minimum(truth[..., 2:], other[..., 2:]) - torch.maximum(truth[..., :2], other[..., :2])
