@@ -31,7 +31,7 @@ test: $(BUILT)
 
 # Kernels for GPUs, without one: CUDA's compiled for the host, Triton's in its interpreter and ahead of time.
 test-emulated: $(BUILT)
-	$(RUN) -m pytest -m emulated -n 2
+	$(RUN) -m pytest -m "emulated and not slow" -n 2
 
 test-slow: $(BUILT)
 	$(RUN) -m pytest

@@ -15,17 +15,29 @@ STEMS = sorted(set(_library.TRITON.values()))
 TESTED_WITH = {"ps_roi_pool": "ps_roi_align"}  # in the same file
 ALSO = {"avg_pool2d": ["pooling_"]}  # tests of several operators
 CAPABILITIES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # with the shared memory that a block may have
+# Compiled CUDA kernels come first there: those in Triton are tested in two types, and in all by `make test-slow`.
+BESIDE_CUDA = ("roi_align", "roi_pool", "ps_roi_align")
+TWO_TYPES = " and not float64 and not bfloat16"
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem not in TESTED_WITH])
-def test_passes_the_operators_tests(stem):
+def runs():
+    for stem in STEMS:
+        if stem in BESIDE_CUDA:
+            yield pytest.param(stem, TWO_TYPES, id=f"{stem}-two types")
+            yield pytest.param(stem, "", id=f"{stem}-all types", marks=pytest.mark.slow)
+        elif stem not in TESTED_WITH:
+            yield pytest.param(stem, "", id=stem)
+
+
+@pytest.mark.parametrize("stem, select", list(runs()))
+def test_passes_the_operators_tests(stem, select):
     names = [name for name, module in _library.TRITON.items() if stem in (module, TESTED_WITH.get(module))]
     prefixes = {stem, *names, *ALSO.get(stem, ())}
     files = sorted({str(path) for prefix in prefixes for path in (ROOT / "tests/ops").glob(f"test_{prefix}*.py")})
     arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "backends.triton_interpreter", "-o", "addopts="]
-    paths = [ROOT, ROOT / "tests"]
-    result = run_python([*arguments, "-k", DEVICE_TESTS, *files], paths=paths, environment={"TRITON_INTERPRET": "1"})
+    arguments += ["-k", DEVICE_TESTS + select, *files]
+    result = run_python(arguments, paths=[ROOT, ROOT / "tests"], environment={"TRITON_INTERPRET": "1"})
     output = result.stdout + result.stderr
     assert result.returncode == 0 and " passed" in output, output[-6000:]
     called = re.search("calls of Triton kernels: (.*)", output)[1]
