@@ -8,6 +8,30 @@ namespace fastcv::cuda {
 
 constexpr unsigned kNowhere = 0xffffffff;
 
+// Numbers of at least 0 as integers in the same order.
+template <class T>
+using Bits = std::conditional_t<std::is_same_v<T, double>, unsigned long long, unsigned>;
+
+template <class T>
+__device__ Bits<T> to_bits(T x) {
+  Bits<T> bits;
+  memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+template <class T>
+__device__ T from_bits(Bits<T> bits) {
+  T x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline __device__ unsigned greatest_of_warp(unsigned bits) { return __reduce_max_sync(kAllLanes, bits); }
+inline __device__ unsigned long long greatest_of_warp(unsigned long long bits) {
+  const unsigned high = __reduce_max_sync(kAllLanes, unsigned(bits >> 32));
+  const unsigned low = __reduce_max_sync(kAllLanes, bits >> 32 == high ? unsigned(bits) : 0);
+  return (unsigned long long)(high) << 32 | low;
+}
+
 template <class T>
 struct Best {
   T value = 0;
@@ -19,23 +43,11 @@ struct Best {
   }
 };
 
-inline __device__ Best<float> best_of_warp(Best<float> mine) {
-  uint32_t bits;
-  memcpy(&bits, &mine.value, 4);
-  const uint32_t most = __reduce_max_sync(kAllLanes, bits);
+template <class T>
+__device__ Best<T> best_of_warp(Best<T> mine) {
+  const Bits<T> bits = to_bits(mine.value), most = greatest_of_warp(bits);
   mine.place = __reduce_min_sync(kAllLanes, bits == most ? mine.place : kNowhere);
-  memcpy(&mine.value, &most, 4);
-  return mine;
-}
-
-inline __device__ Best<double> best_of_warp(Best<double> mine) {
-  uint32_t words[2], most[2];  // low, high
-  memcpy(words, &mine.value, 8);
-  most[1] = __reduce_max_sync(kAllLanes, words[1]);
-  most[0] = __reduce_max_sync(kAllLanes, words[1] == most[1] ? words[0] : 0);
-  const bool equal = words[0] == most[0] && words[1] == most[1];
-  mine.place = __reduce_min_sync(kAllLanes, equal ? mine.place : kNowhere);
-  memcpy(&mine.value, most, 8);
+  mine.value = from_bits<T>(most);
   return mine;
 }
 

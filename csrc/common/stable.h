@@ -56,6 +56,14 @@ inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
+inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor, ScalarType dtype) {
+  return tensor ? std::optional(as_contiguous(*tensor, dtype)) : std::nullopt;
+}
+
+inline bool either_is_double(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
+}
+
 // Whether a 4-D tensor lies in memory as channels-last: torch's own rule (suggest_memory_format), ambiguities included.
 inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 4 || tensor.stride(1) == 0) return false;

@@ -1,13 +1,10 @@
 // Tensor shell of matrix_nms: rank by score, order along a curve, split into classes, run both passes in parallel.
-#include "matrix_nms.h"
-
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "../common/segments.h"
 #include "../common/spatial_order.h"
-#include "../common/stable.h"
+#include "matrix_nms_tensors.h"
 
 namespace fastcv {
 namespace {
@@ -70,8 +67,6 @@ void run_passes(const std::vector<Task<T>>& tasks) {
 // Writes the decayed score of each row of one image; 0 where a row has a NaN.
 template <class T>
 void decay_scores(const Image<T>& image, Decay decay, T* out) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(image.n < kMost, "boxes: expected fewer than 2^31 boxes, got ", image.n);
   std::vector<int32_t> rank_of_row;
   const std::vector<int32_t> rows = spatial_order(image.boxes, ranked_rows(image, rank_of_row));
   const int64_t count = int64_t(rows.size());
@@ -126,18 +121,9 @@ Tensor matrix_nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const
 
 Tensor matrix_nms_cpu(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, double sigma,
                       bool linear) {
-  STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4, "boxes: expected shape [B, N, 4]");
-  const int64_t images = boxes.size(0), n = boxes.size(1);
-  STD_TORCH_CHECK(scores.dim() == 2 && scores.size(0) == images && scores.size(1) == n, "scores: expected shape [",
-                  images, ", ", n, "]");
-  std::optional<Tensor> ids;
-  if (idxs) {
-    STD_TORCH_CHECK(idxs->dim() == 2 && idxs->size(0) == images && idxs->size(1) == n, "idxs: expected shape [", images,
-                    ", ", n, "]");
-    ids = as_contiguous(*idxs, ScalarType::Long);
-  }
-  const bool is_double = boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double;
-  const auto run = is_double ? matrix_nms_typed<double> : matrix_nms_typed<float>;
+  check_matrix_nms(boxes, scores, idxs);
+  const std::optional<Tensor> ids = as_contiguous(idxs, ScalarType::Long);
+  const auto run = either_is_double(boxes, scores) ? matrix_nms_typed<double> : matrix_nms_typed<float>;
   return run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr, {linear, sigma});
 }
 

@@ -11,32 +11,15 @@
 // instructions, 0.03 ms at 30e12 a second; for 1000 boxes the launches are the floor.
 //
 // This file is compiled without fused multiply-adds: the IoU of a copy is 1, so that it has no say.
-#include "matrix_nms.h"
-
+#include "../common/cuda_best.h"
 #include "../common/cuda_boxes.h"
 #include "../common/cuda_segments.h"
+#include "matrix_nms_tensors.h"
 
 namespace fastcv::cuda {
 namespace {
 
 constexpr int kTile = 128;
-
-// Numbers of at least 0 as integers in the same order.
-template <class T>
-using Bits = std::conditional_t<std::is_same_v<T, double>, unsigned long long, unsigned>;
-
-template <class T>
-__device__ Bits<T> to_bits(T x) {
-  Bits<T> bits;
-  memcpy(&bits, &x, sizeof x);
-  return bits;
-}
-template <class T>
-__device__ T from_bits(Bits<T> bits) {
-  T x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // Rows of `length` positions, sorted; tiles do not reach over the end of a row.
 template <class T>
@@ -145,7 +128,6 @@ Tensor matrix_nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const
   const Stream stream(boxes_any);
   const Tensor boxes = as_contiguous(boxes_any, dtype), scores = as_contiguous(scores_any, dtype);
   const int64_t rows = boxes.size(0), length = boxes.size(1), n = rows * length;
-  STD_TORCH_CHECK(length < std::numeric_limits<int32_t>::max(), "boxes: expected fewer than 2^31 a row, got ", length);
   Tensor out = empty_on(boxes, {rows, length}, dtype);
   if (n == 0) return as_contiguous(out, scores_any.scalar_type());
   Tensor order = stable_argsort(scores, true);
@@ -174,19 +156,9 @@ Tensor matrix_nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const
 
 Tensor matrix_nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, double sigma,
                        bool linear) {
-  STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4, "boxes: expected shape [B, N, 4]");
-  const int64_t images = boxes.size(0), n = boxes.size(1);
-  STD_TORCH_CHECK(scores.dim() == 2 && scores.size(0) == images && scores.size(1) == n, "scores: expected shape [",
-                  images, ", ", n, "]");
-  std::optional<Tensor> ids;
-  if (idxs) {
-    STD_TORCH_CHECK(idxs->dim() == 2 && idxs->size(0) == images && idxs->size(1) == n, "idxs: expected shape [", images,
-                    ", ", n, "]");
-    ids = as_contiguous(*idxs, ScalarType::Long);
-  }
-  const bool is_double = boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double;
-  const auto run = is_double ? matrix_nms_typed<double> : matrix_nms_typed<float>;
-  return run(boxes, scores, ids, sigma, linear);
+  check_matrix_nms(boxes, scores, idxs);
+  const auto run = either_is_double(boxes, scores) ? matrix_nms_typed<double> : matrix_nms_typed<float>;
+  return run(boxes, scores, as_contiguous(idxs, ScalarType::Long), sigma, linear);
 }
 
 }  // namespace

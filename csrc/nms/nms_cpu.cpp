@@ -1,26 +1,17 @@
 // Tensor shells of nms, batched_nms and nms_padded: select, sort, split into segments, run the kernel, merge.
-#include "nms.h"
-
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "../common/segments.h"
-#include "../common/stable.h"
+#include "nms.h"
+#include "nms_tensors.h"
 
 namespace fastcv {
 namespace {
 
-constexpr double kNoThreshold = -std::numeric_limits<double>::infinity();
-
 template <class T>
 using Item = Keyed<decltype(descending_key(T{}))>;
-
-struct Criterion {
-  double iou_threshold;
-  bool diou;
-};
 
 // One image. A candidate is a pair of a class and a row, numbered class * n + row; with ids there is one score a row.
 template <class T>
@@ -135,15 +126,6 @@ std::vector<int32_t> detect(const Image<T>& image, double score_threshold, Crite
   }
 }
 
-bool is_double(const Tensor& boxes, const Tensor& scores) {
-  return boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double;
-}
-
-void check_boxes(const Tensor& boxes, const Tensor& scores) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes: expected shape [N, 4]");
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0), "scores: expected shape [", boxes.size(0), "]");
-}
-
 template <class T>
 Tensor nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const int64_t* ids, Criterion criterion) {
   const ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
@@ -156,26 +138,20 @@ Tensor nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const int64_
   return out;
 }
 
+Tensor nms_any(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, Criterion criterion) {
+  check_nms(boxes, scores, idxs);
+  const std::optional<Tensor> ids = as_contiguous(idxs, ScalarType::Long);
+  const auto run = either_is_double(boxes, scores) ? nms_typed<double> : nms_typed<float>;
+  return run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr, criterion);
+}
+
 Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, double iou_threshold, bool diou) {
-  check_boxes(boxes, scores);
-  const Criterion criterion{iou_threshold, diou};
-  return is_double(boxes, scores) ? nms_typed<double>(boxes, scores, nullptr, criterion)
-                                  : nms_typed<float>(boxes, scores, nullptr, criterion);
+  return nms_any(boxes, scores, std::nullopt, {iou_threshold, diou});
 }
 
 Tensor batched_nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold, bool diou) {
-  check_boxes(boxes, scores);
-  STD_TORCH_CHECK(idxs.dim() == 1 && idxs.size(0) == boxes.size(0), "idxs: expected shape [", boxes.size(0), "]");
-  const Tensor ids = as_contiguous(idxs, ScalarType::Long);
-  const Criterion criterion{iou_threshold, diou};
-  return is_double(boxes, scores) ? nms_typed<double>(boxes, scores, data<int64_t>(ids), criterion)
-                                  : nms_typed<float>(boxes, scores, data<int64_t>(ids), criterion);
+  return nms_any(boxes, scores, idxs, {iou_threshold, diou});
 }
-
-struct PaddedOutput {
-  int64_t *indices, *labels, *counts;  // [B, limit], [B, limit], [B]
-  int64_t limit;
-};
 
 template <class T>
 void nms_padded_typed(const Tensor& boxes_any, const Tensor& scores_any, const int64_t* ids, Criterion criterion,
@@ -203,24 +179,16 @@ void nms_padded_typed(const Tensor& boxes_any, const Tensor& scores_any, const i
 std::tuple<Tensor, Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& scores,
                                                   const std::optional<Tensor>& idxs, double iou_threshold,
                                                   int64_t max_output, double score_threshold, bool diou) {
-  STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4, "boxes: expected shape [B, N, 4]");
-  STD_TORCH_CHECK(max_output >= 0, "max_output: expected at least 0, got ", max_output);
-  const int64_t images = boxes.size(0), n = boxes.size(1);
-  STD_TORCH_CHECK((scores.dim() == 2 || scores.dim() == 3) && scores.size(0) == images && scores.size(-1) == n,
-                  "scores: expected shape [B, N] or [B, C, N] with B = ", images, ", N = ", n);
-  std::optional<Tensor> ids;
-  if (idxs) {
-    STD_TORCH_CHECK(scores.dim() == 2 && idxs->dim() == 2 && idxs->size(0) == images && idxs->size(1) == n,
-                    "idxs: expected shape [B, N] = [", images, ", ", n, "], with scores of the same shape");
-    ids = as_contiguous(*idxs, ScalarType::Long);
-  }
+  check_nms_padded(boxes, scores, idxs, max_output);
+  const int64_t images = boxes.size(0);
+  const std::optional<Tensor> ids = as_contiguous(idxs, ScalarType::Long);
   Tensor indices = empty_cpu({images, max_output}, ScalarType::Long);
   Tensor labels = empty_cpu({images, max_output}, ScalarType::Long);
   Tensor counts = empty_cpu({images}, ScalarType::Long);
   const PaddedOutput out{mutable_data<int64_t>(indices), mutable_data<int64_t>(labels), mutable_data<int64_t>(counts),
                          max_output};
-  const auto run = is_double(boxes, scores) ? nms_padded_typed<double> : nms_padded_typed<float>;
-  run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr, Criterion{iou_threshold, diou}, score_threshold, out);
+  const auto run = either_is_double(boxes, scores) ? nms_padded_typed<double> : nms_padded_typed<float>;
+  run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr, {iou_threshold, diou}, score_threshold, out);
   return {indices, labels, counts};
 }
 

@@ -19,16 +19,12 @@
 // kept are those that the CPU keeps.
 #include "../common/cuda_boxes.h"
 #include "../common/cuda_segments.h"
+#include "nms_tensors.h"
 
 namespace fastcv::cuda {
 namespace {
 
 constexpr int kBlock = 512, kWords = kBlock / 32;
-
-struct Criterion {
-  double iou_threshold;
-  bool diou;
-};
 
 // Rows of `length` positions, sorted. Positions of a segment follow each other; with ids a row has one for each id.
 template <class T>
@@ -179,11 +175,6 @@ __global__ void nms_mask_kernel(const uint8_t* keep, const int64_t* order, bool*
   if (i < n) mask[i] = keep[order[i]];
 }
 
-struct PaddedOutput {
-  int64_t *indices, *labels, *counts;  // [B, limit], [B, limit], [B]
-  int64_t limit;
-};
-
 // The first candidates of an image that were kept, in the order of their scores; a block of threads for each image.
 __global__ void __launch_bounds__(kBlock)
     nms_select_kernel(const uint8_t* keep, const int64_t* order, const int64_t* ids, int64_t classes, int64_t length,
@@ -216,7 +207,6 @@ __global__ void __launch_bounds__(kBlock)
 // ---- shells ---------------------------------------------------------------------------------------------------------
 
 constexpr int kThreads = 256;
-constexpr double kNoThreshold = -std::numeric_limits<double>::infinity();
 
 // Of rows of scores: [rows, length] flags by index, 1 where kept. longest: of all segments, null where it is `length`.
 template <class T>
@@ -259,10 +249,6 @@ Tensor suppress(const Stream& stream, const Tensor& boxes, const Tensor& scores,
   return keep;
 }
 
-bool is_double(const Tensor& boxes, const Tensor& scores) {
-  return boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double;
-}
-
 template <class T>
 Tensor nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const std::optional<Tensor>& ids,
                  Criterion criterion) {
@@ -283,23 +269,19 @@ Tensor nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const std::o
   return masked_select(order, mask);
 }
 
-void check_boxes(const Tensor& boxes, const Tensor& scores) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes: expected shape [N, 4]");
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0), "scores: expected shape [", boxes.size(0), "]");
+Tensor nms_any(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, Criterion criterion) {
+  check_nms(boxes, scores, idxs);
+  const auto run = either_is_double(boxes, scores) ? nms_typed<double> : nms_typed<float>;
+  return run(boxes, scores, as_contiguous(idxs, ScalarType::Long), criterion);
 }
 
 Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, double iou_threshold, bool diou) {
-  check_boxes(boxes, scores);
-  const auto run = is_double(boxes, scores) ? nms_typed<double> : nms_typed<float>;
-  return run(boxes, scores, std::nullopt, Criterion{iou_threshold, diou});
+  return nms_any(boxes, scores, std::nullopt, {iou_threshold, diou});
 }
 
 Tensor batched_nms_cuda(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold,
                         bool diou) {
-  check_boxes(boxes, scores);
-  STD_TORCH_CHECK(idxs.dim() == 1 && idxs.size(0) == boxes.size(0), "idxs: expected shape [", boxes.size(0), "]");
-  const auto run = is_double(boxes, scores) ? nms_typed<double> : nms_typed<float>;
-  return run(boxes, scores, as_contiguous(idxs, ScalarType::Long), Criterion{iou_threshold, diou});
+  return nms_any(boxes, scores, idxs, {iou_threshold, diou});
 }
 
 template <class T>
@@ -322,24 +304,15 @@ void nms_padded_typed(const Tensor& boxes_any, const Tensor& scores_any, const s
 std::tuple<Tensor, Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& scores,
                                                    const std::optional<Tensor>& idxs, double iou_threshold,
                                                    int64_t max_output, double score_threshold, bool diou) {
-  STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4, "boxes: expected shape [B, N, 4]");
-  STD_TORCH_CHECK(max_output >= 0, "max_output: expected at least 0, got ", max_output);
-  const int64_t images = boxes.size(0), n = boxes.size(1);
-  STD_TORCH_CHECK((scores.dim() == 2 || scores.dim() == 3) && scores.size(0) == images && scores.size(-1) == n,
-                  "scores: expected shape [B, N] or [B, C, N] with B = ", images, ", N = ", n);
-  std::optional<Tensor> ids;
-  if (idxs) {
-    STD_TORCH_CHECK(scores.dim() == 2 && idxs->dim() == 2 && idxs->size(0) == images && idxs->size(1) == n,
-                    "idxs: expected shape [B, N] = [", images, ", ", n, "], with scores of the same shape");
-    ids = as_contiguous(*idxs, ScalarType::Long);
-  }
+  check_nms_padded(boxes, scores, idxs, max_output);
+  const int64_t images = boxes.size(0);
   Tensor indices = empty_on(boxes, {images, max_output}, ScalarType::Long);
   Tensor labels = empty_on(boxes, {images, max_output}, ScalarType::Long);
   Tensor counts = empty_on(boxes, {images}, ScalarType::Long);
   const PaddedOutput out{mutable_data<int64_t>(indices), mutable_data<int64_t>(labels), mutable_data<int64_t>(counts),
                          max_output};
-  const auto run = is_double(boxes, scores) ? nms_padded_typed<double> : nms_padded_typed<float>;
-  run(boxes, scores, ids, Criterion{iou_threshold, diou}, score_threshold, out);
+  const auto run = either_is_double(boxes, scores) ? nms_padded_typed<double> : nms_padded_typed<float>;
+  run(boxes, scores, as_contiguous(idxs, ScalarType::Long), {iou_threshold, diou}, score_threshold, out);
   return {indices, labels, counts};
 }
 

@@ -1,8 +1,8 @@
 // Tensor shells of ps_roi_align and ps_roi_pool, which differ in their taps alone.
 #include "ps_roi_align.h"
 
-#include "../common/stable.h"
 #include "../roi_align/roi_plan.h"
+#include "../roi_align/roi_tensors.h"
 
 namespace fastcv {
 namespace {
@@ -109,9 +109,7 @@ Tensor run_backward(const Tensor& grad_any, const Tensor& boxes, double scale, i
                       grad_any.size(3) == pooled_width,
                   "grad: expected shape [", boxes.size(0), ", ", channels, " / ", bins, ", ", pooled_height, ", ",
                   pooled_width, "]");
-  // The kernel walks over bins with one stride.
-  const Tensor grad =
-      grad_any.stride(2) == grad_any.stride(3) * pooled_width ? grad_any : torch::stable::contiguous(grad_any);
+  const Tensor grad = with_one_bin_stride(grad_any);
   Tensor grad_input = empty_cpu({batch_size, channels, height, width}, grad.scalar_type(), memory_format(grad_any));
   dispatch_floating(grad.scalar_type(), "grad", [&](auto zero) {
     using T = decltype(zero);

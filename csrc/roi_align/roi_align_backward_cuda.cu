@@ -111,10 +111,7 @@ struct MapSizes {
 Levels run_backward(const Tensor& grad_any, const Tensor& boxes_any, const std::vector<double>& scales,
                     const RoiConstants& c, const MapSizes& size) {
   check_regions(boxes_any, scales, size.heights.size(), c);
-  STD_TORCH_CHECK(grad_any.dim() == 4 && grad_any.size(0) == boxes_any.size(0) && grad_any.size(1) == size.channels &&
-                      grad_any.size(2) == c.pooled_height && grad_any.size(3) == c.pooled_width,
-                  "grad: expected shape [", boxes_any.size(0), ", ", size.channels, ", ", c.pooled_height, ", ",
-                  c.pooled_width, "]");
+  check_pooled(grad_any, "grad", boxes_any, size.channels, c.pooled_height, c.pooled_width);
   const MemoryFormat format = memory_format(grad_any);
   const Tensor grad = with_one_bin_stride(grad_any);
   Levels maps;

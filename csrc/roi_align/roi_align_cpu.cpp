@@ -1,8 +1,8 @@
 // Tensor shells of roi_align and multiscale_roi_align: one path, the first is the case of a single level.
 #include "roi_align.h"
 
-#include "../common/stable.h"
 #include "roi_plan.h"
+#include "roi_tensors.h"
 
 namespace fastcv {
 namespace {
@@ -133,14 +133,9 @@ void backward(const Tensor& grad, const Tensor& boxes, const RoiGeometry& g, con
 }
 
 Levels run_backward(const Tensor& grad_any, const Tensor& boxes, const RoiGeometry& g, int64_t channels) {
-  STD_TORCH_CHECK(grad_any.dim() == 4 && grad_any.size(0) == boxes.size(0) && grad_any.size(1) == channels &&
-                      grad_any.size(2) == g.pooled_height && grad_any.size(3) == g.pooled_width,
-                  "grad: expected shape [", boxes.size(0), ", ", channels, ", ", g.pooled_height, ", ", g.pooled_width,
-                  "]");
+  check_pooled(grad_any, "grad", boxes, channels, g.pooled_height, g.pooled_width);
   const MemoryFormat format = memory_format(grad_any);
-  // The kernel walks over bins with one stride.
-  const Tensor grad =
-      grad_any.stride(2) == grad_any.stride(3) * g.pooled_width ? grad_any : torch::stable::contiguous(grad_any);
+  const Tensor grad = with_one_bin_stride(grad_any);
   Levels grad_inputs;
   for (const RoiLevel& level : g.levels)
     grad_inputs.push_back(empty_cpu({g.images, channels, level.height, level.width}, grad.scalar_type(), format));

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "roi_align_cuda.h"
+#include "roi_tensors.h"
 
 namespace fastcv::cuda {
 
@@ -177,11 +178,6 @@ TiledMaps<T> tile_maps(const std::vector<Tensor>& maps) {
         tiled.first_tile[i] + m.size(0) * ceil_div(m.size(2), kTile) * ceil_div(m.size(3), kTile);
   }
   return tiled;
-}
-
-// Kernels walk over bins with one stride.
-inline Tensor with_one_bin_stride(const Tensor& t) {
-  return t.stride(2) == t.stride(3) * t.size(3) ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace fastcv::cuda

@@ -116,11 +116,8 @@ Tensor roi_pool_backward_cuda(const Tensor& grad_any, const Tensor& boxes, const
                               int64_t channels, int64_t height, int64_t width) {
   const RoiConstants c{pooled_height, pooled_width, 0, false};
   check_pool(boxes, c, spatial_scale, height, width);
-  for (const Tensor* t : {&grad_any, &argmax_any})
-    STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == boxes.size(0) && t->size(1) == channels &&
-                        t->size(2) == pooled_height && t->size(3) == pooled_width,
-                    "grad, argmax: expected shape [", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",
-                    pooled_width, "]");
+  check_pooled(grad_any, "grad", boxes, channels, pooled_height, pooled_width);
+  check_pooled(argmax_any, "argmax", boxes, channels, pooled_height, pooled_width);
   STD_TORCH_CHECK(argmax_any.scalar_type() == ScalarType::Int, "argmax: expected int32");
   const Tensor grad = with_one_bin_stride(grad_any), argmax = with_one_bin_stride(argmax_any);
   const Tensor map =

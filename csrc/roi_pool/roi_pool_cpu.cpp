@@ -2,8 +2,8 @@
 #include "roi_pool.h"
 
 #include "../common/radix_sort.h"
-#include "../common/stable.h"
 #include "../roi_align/roi_plan.h"
+#include "../roi_align/roi_tensors.h"
 
 namespace fastcv {
 namespace {
@@ -186,19 +186,11 @@ bool backward(const RoiPoolBackward<T>& task, const PoolPlan& plan) {
   return valid;
 }
 
-// The kernel walks over bins with one stride.
-Tensor with_one_bin_stride(const Tensor& t) {
-  return t.stride(2) == t.stride(3) * t.size(3) ? t : torch::stable::contiguous(t);
-}
-
 Tensor roi_pool_backward_cpu(const Tensor& grad_any, const Tensor& boxes, const Tensor& argmax_any,
                              double spatial_scale, int64_t pooled_height, int64_t pooled_width, int64_t batch_size,
                              int64_t channels, int64_t height, int64_t width) {
-  for (const Tensor* t : {&grad_any, &argmax_any})
-    STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == boxes.size(0) && t->size(1) == channels &&
-                        t->size(2) == pooled_height && t->size(3) == pooled_width,
-                    "grad, argmax: expected shape [", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",
-                    pooled_width, "]");
+  check_pooled(grad_any, "grad", boxes, channels, pooled_height, pooled_width);
+  check_pooled(argmax_any, "argmax", boxes, channels, pooled_height, pooled_width);
   STD_TORCH_CHECK(argmax_any.scalar_type() == ScalarType::Int, "argmax: expected int32");
   const PoolPlan pool =
       plan(boxes, grad_any.scalar_type(), spatial_scale, batch_size, pooled_height, pooled_width, height, width);

@@ -1,35 +1,19 @@
 // Tensor shell of soft_nms: select, order along a curve, split into classes, run the kernel, merge by final score.
-#include "soft_nms.h"
-
 #include <cmath>
-#include <limits>
 #include <string>
 #include <type_traits>
 
 #include "../common/segments.h"
 #include "../common/spatial_order.h"
-#include "../common/stable.h"
 #include "../nms/nms.h"
+#include "soft_nms_tensors.h"
 
 namespace fastcv {
 namespace {
 
-SoftNmsMethod method_of(const std::string& name) {
-  if (name == "naive") return SoftNmsMethod::naive;
-  if (name == "linear") return SoftNmsMethod::linear;
-  STD_TORCH_CHECK(name == "gaussian", "method: expected \"naive\", \"linear\" or \"gaussian\", got \"", name, "\"");
-  return SoftNmsMethod::gaussian;
-}
-
-struct Settings {
-  SoftNmsMethod method;
-  double iou_threshold, sigma, score_threshold;
-};
-
 // Rows whose score is above the threshold and whose box has no NaN.
 template <class T>
 std::vector<int32_t> candidate_rows(const T* boxes, const T* scores, int64_t n, T score_threshold) {
-  STD_TORCH_CHECK(n < std::numeric_limits<int32_t>::max(), "boxes: expected fewer than 2^31 boxes, got ", n);
   std::vector<int32_t> rows(n);
   const int64_t count = FASTCV_PICK(select_scores<T>)(scores, n, score_threshold, false, rows.data());
   size_t kept = 0;
@@ -43,7 +27,7 @@ std::vector<int32_t> candidate_rows(const T* boxes, const T* scores, int64_t n, 
 
 // Runs every class; writes the final score of each chosen row and -1 for all others.
 template <class T>
-void soft_nms_by_class(const T* boxes, const T* scores, const int64_t* ids, int64_t n, const Settings& settings,
+void soft_nms_by_class(const T* boxes, const T* scores, const int64_t* ids, int64_t n, const SoftNmsSettings& settings,
                        T* final_scores) {
   const T threshold = T(settings.score_threshold);  // rounded, as `scores > threshold` in PyTorch rounds
   const std::vector<int32_t> rows = spatial_order(boxes, candidate_rows(boxes, scores, n, threshold));
@@ -78,7 +62,7 @@ void soft_nms_by_class(const T* boxes, const T* scores, const int64_t* ids, int6
 
 template <class T>
 std::tuple<Tensor, Tensor> soft_nms_typed(const Tensor& boxes_any, const Tensor& scores_any, const int64_t* ids,
-                                          const Settings& settings) {
+                                          const SoftNmsSettings& settings) {
   const ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Tensor boxes = as_contiguous(boxes_any, dtype), scores = as_contiguous(scores_any, dtype);
   const int64_t n = boxes.size(0);
@@ -99,20 +83,11 @@ std::tuple<Tensor, Tensor> soft_nms_typed(const Tensor& boxes_any, const Tensor&
 std::tuple<Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs,
                                         double iou_threshold, double sigma, double score_threshold,
                                         const std::string& method) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes: expected shape [N, 4]");
-  const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == n, "scores: expected shape [", n, "]");
-  STD_TORCH_CHECK(score_threshold >= 0, "score_threshold: expected at least 0, got ", score_threshold);
-  STD_TORCH_CHECK(sigma > 0, "sigma: expected greater than 0, got ", sigma);
-  std::optional<Tensor> ids;
-  if (idxs) {
-    STD_TORCH_CHECK(idxs->dim() == 1 && idxs->size(0) == n, "idxs: expected shape [", n, "]");
-    ids = as_contiguous(*idxs, ScalarType::Long);
-  }
-  const bool is_double = boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double;
-  const auto run = is_double ? soft_nms_typed<double> : soft_nms_typed<float>;
-  return run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr,
-             {method_of(method), iou_threshold, sigma, score_threshold});
+  const SoftNmsSettings settings{soft_nms_method(method), iou_threshold, sigma, score_threshold};
+  check_soft_nms(boxes, scores, idxs, settings);
+  const std::optional<Tensor> ids = as_contiguous(idxs, ScalarType::Long);
+  const auto run = either_is_double(boxes, scores) ? soft_nms_typed<double> : soft_nms_typed<float>;
+  return run(boxes, scores, ids ? data<int64_t>(*ids) : nullptr, settings);
 }
 
 }  // namespace

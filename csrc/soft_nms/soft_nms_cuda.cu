@@ -14,13 +14,12 @@
 //
 // The IoU is computed as torchvision computes it; this file is compiled without fused multiply-adds, so that the boxes
 // chosen are those that the CPU chooses.
-#include "soft_nms.h"
-
 #include <string>
 
 #include "../common/cuda_best.h"
 #include "../common/cuda_boxes.h"
 #include "../common/cuda_segments.h"
+#include "soft_nms_tensors.h"
 
 namespace fastcv::cuda {
 namespace {
@@ -185,21 +184,9 @@ __global__ void soft_nms_output_kernel(const int64_t* ranked, const T* final_sco
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 1024;  // a class each, or every 1024th
 
-struct Settings {
-  SoftNmsMethod method;
-  double iou_threshold, sigma, score_threshold;
-};
-
-SoftNmsMethod method_of(const std::string& name) {
-  if (name == "naive") return SoftNmsMethod::naive;
-  if (name == "linear") return SoftNmsMethod::linear;
-  STD_TORCH_CHECK(name == "gaussian", "method: expected \"naive\", \"linear\" or \"gaussian\", got \"", name, "\"");
-  return SoftNmsMethod::gaussian;
-}
-
 template <class T>
 std::tuple<Tensor, Tensor> soft_nms_typed(const Tensor& boxes_any, const Tensor& scores_any,
-                                          const std::optional<Tensor>& ids, const Settings& settings) {
+                                          const std::optional<Tensor>& ids, const SoftNmsSettings& settings) {
   const ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const Stream stream(boxes_any);
   const Tensor boxes = as_contiguous(boxes_any, dtype), scores = as_contiguous(scores_any, dtype);
@@ -231,20 +218,10 @@ std::tuple<Tensor, Tensor> soft_nms_typed(const Tensor& boxes_any, const Tensor&
 std::tuple<Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs,
                                          double iou_threshold, double sigma, double score_threshold,
                                          const std::string& method) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes: expected shape [N, 4]");
-  const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(n < std::numeric_limits<int32_t>::max(), "boxes: expected fewer than 2^31 boxes, got ", n);
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == n, "scores: expected shape [", n, "]");
-  STD_TORCH_CHECK(score_threshold >= 0, "score_threshold: expected at least 0, got ", score_threshold);
-  STD_TORCH_CHECK(sigma > 0, "sigma: expected greater than 0, got ", sigma);
-  std::optional<Tensor> ids;
-  if (idxs) {
-    STD_TORCH_CHECK(idxs->dim() == 1 && idxs->size(0) == n, "idxs: expected shape [", n, "]");
-    ids = as_contiguous(*idxs, ScalarType::Long);
-  }
-  const bool is_double = boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double;
-  const auto run = is_double ? soft_nms_typed<double> : soft_nms_typed<float>;
-  return run(boxes, scores, ids, {method_of(method), iou_threshold, sigma, score_threshold});
+  const SoftNmsSettings settings{soft_nms_method(method), iou_threshold, sigma, score_threshold};
+  check_soft_nms(boxes, scores, idxs, settings);
+  const auto run = either_is_double(boxes, scores) ? soft_nms_typed<double> : soft_nms_typed<float>;
+  return run(boxes, scores, as_contiguous(idxs, ScalarType::Long), settings);
 }
 
 }  // namespace

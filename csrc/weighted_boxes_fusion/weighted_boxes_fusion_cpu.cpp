@@ -1,27 +1,13 @@
 // Tensor shell of weighted_boxes_fusion: select, sort, split into classes, cluster, score the clusters, sort them.
-#include "weighted_boxes_fusion.h"
-
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <numeric>
 #include <string>
 
 #include "../common/segments.h"
-#include "../common/stable.h"
+#include "weighted_boxes_fusion_tensors.h"
 
 namespace fastcv {
 namespace {
-
-Confidence confidence_of(const std::string& name) {
-  if (name == "avg") return Confidence::avg;
-  if (name == "max") return Confidence::max;
-  if (name == "box_and_model_avg") return Confidence::box_and_model_avg;
-  STD_TORCH_CHECK(name == "absent_model_aware_avg",
-                  "conf_type: expected \"avg\", \"max\", \"box_and_model_avg\" or \"absent_model_aware_avg\", got \"",
-                  name, "\"");
-  return Confidence::absent_model_aware_avg;
-}
 
 // All boxes, and which model each is from.
 struct Detections {
@@ -119,15 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> weighted_boxes_fusion_cpu(const Tensor& boxes
                                                              std::vector<double> weights, double iou_threshold,
                                                              double skip_threshold, std::string conf_type,
                                                              bool allows_overflow) {
-  STD_TORCH_CHECK(boxes_any.dim() == 2 && boxes_any.size(1) == 4, "boxes: expected shape [N, 4]");
-  const int64_t n = boxes_any.size(0);
-  STD_TORCH_CHECK(n < std::numeric_limits<int32_t>::max(), "boxes: expected fewer than 2^31 boxes, got ", n);
-  STD_TORCH_CHECK(scores_any.dim() == 1 && scores_any.size(0) == n, "scores: expected shape [", n, "]");
-  STD_TORCH_CHECK(labels_any.dim() == 1 && labels_any.size(0) == n, "labels: expected shape [", n, "]");
-  STD_TORCH_CHECK(!counts.empty() && counts.size() == weights.size(), "weights: expected ", counts.size(), " weights");
-  for (int64_t count : counts)
-    STD_TORCH_CHECK(count >= 0 && count <= n, "counts: expected 0 to ", n, ", got ", count);
-  STD_TORCH_CHECK(std::accumulate(counts.begin(), counts.end(), int64_t(0)) == n, "counts: expected a sum of ", n);
+  const Ensemble ensemble = check_weighted_boxes_fusion(boxes_any, scores_any, labels_any, counts, weights, conf_type,
+                                                        allows_overflow);
   const Tensor boxes = as_contiguous(boxes_any, ScalarType::Double);
   const Tensor scores = as_contiguous(scores_any, ScalarType::Double);
   const Tensor labels = as_contiguous(labels_any, ScalarType::Long);
@@ -139,12 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> weighted_boxes_fusion_cpu(const Tensor& boxes
       detections.models.push_back(int32_t(model));
     }
   }
-  const Ensemble ensemble{int64_t(weights.size()), std::accumulate(weights.begin(), weights.end(), 0.0),
-                          *std::max_element(weights.begin(), weights.end()), confidence_of(conf_type), allows_overflow};
-  // Rounded as `scores >= threshold` in PyTorch rounds it.
-  const double threshold = scores_any.scalar_type() == ScalarType::Double ? skip_threshold : float(skip_threshold);
-  const Fused fused =
-      fuse(detections, data<double>(scores), data<int64_t>(labels), iou_threshold, threshold, ensemble);
+  const Fused fused = fuse(detections, data<double>(scores), data<int64_t>(labels), iou_threshold,
+                           rounded_as(scores_any, skip_threshold), ensemble);
   const int64_t kept = int64_t(fused.ranked.size());
   Tensor out_boxes = empty_cpu({kept, 4}, ScalarType::Double), out_scores = empty_cpu({kept}, ScalarType::Double);
   Tensor out_labels = empty_cpu({kept}, ScalarType::Long);

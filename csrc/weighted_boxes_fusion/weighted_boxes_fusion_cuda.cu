@@ -14,14 +14,12 @@
 // their 80 * 100 * 12 comparisons are nothing; but boxes follow each other, and each waits for its comparison, the
 // reductions and a division, some 800 cycles: 0.05 ms, for any number of labels up to that of the blocks that fit into
 // the device.
-#include "weighted_boxes_fusion.h"
-
-#include <numeric>
 #include <string>
 
 #include "../common/cuda_best.h"
 #include "../common/cuda_boxes.h"
 #include "../common/cuda_segments.h"
+#include "weighted_boxes_fusion_tensors.h"
 
 namespace fastcv::cuda {
 namespace {
@@ -226,16 +224,6 @@ __global__ void weighted_boxes_fusion_output_kernel(Fused fused, const int64_t* 
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 1024;  // a label each, or every 1024th
 
-Confidence confidence_of(const std::string& name) {
-  if (name == "avg") return Confidence::avg;
-  if (name == "max") return Confidence::max;
-  if (name == "box_and_model_avg") return Confidence::box_and_model_avg;
-  STD_TORCH_CHECK(name == "absent_model_aware_avg",
-                  "conf_type: expected \"avg\", \"max\", \"box_and_model_avg\" or \"absent_model_aware_avg\", got \"",
-                  name, "\"");
-  return Confidence::absent_model_aware_avg;
-}
-
 // Memory for n elements on the device of another tensor; lives as long as this does.
 template <class T>
 struct Array {
@@ -328,22 +316,12 @@ std::tuple<Tensor, Tensor, Tensor> weighted_boxes_fusion_cuda(const Tensor& boxe
                                                               std::vector<double> weights, double iou_threshold,
                                                               double skip_threshold, std::string conf_type,
                                                               bool allows_overflow) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes: expected shape [N, 4]");
-  const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(n < std::numeric_limits<int32_t>::max(), "boxes: expected fewer than 2^31 boxes, got ", n);
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == n, "scores: expected shape [", n, "]");
-  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == n, "labels: expected shape [", n, "]");
-  STD_TORCH_CHECK(!counts.empty() && counts.size() == weights.size(), "weights: expected ", counts.size(), " weights");
-  for (int64_t count : counts)
-    STD_TORCH_CHECK(count >= 0 && count <= n, "counts: expected 0 to ", n, ", got ", count);
-  STD_TORCH_CHECK(std::accumulate(counts.begin(), counts.end(), int64_t(0)) == n, "counts: expected a sum of ", n);
-  const Ensemble ensemble{int64_t(weights.size()), std::accumulate(weights.begin(), weights.end(), 0.0),
-                          *std::max_element(weights.begin(), weights.end()), confidence_of(conf_type), allows_overflow};
-  // Rounded as `scores >= threshold` in PyTorch rounds it.
-  const double threshold = scores.scalar_type() == ScalarType::Double ? skip_threshold : float(skip_threshold);
+  const Ensemble ensemble =
+      check_weighted_boxes_fusion(boxes, scores, labels, counts, weights, conf_type, allows_overflow);
   const auto [fused_boxes, fused_scores, fused_labels] =
       fuse({as_contiguous(boxes, ScalarType::Double), as_contiguous(scores, ScalarType::Double),
-            as_contiguous(labels, ScalarType::Long), counts, weights, iou_threshold, threshold, ensemble});
+            as_contiguous(labels, ScalarType::Long), counts, weights, iou_threshold,
+            rounded_as(scores, skip_threshold), ensemble});
   return {as_contiguous(fused_boxes, boxes.scalar_type()), as_contiguous(fused_scores, scores.scalar_type()),
           as_contiguous(fused_labels, labels.scalar_type())};
 }

@@ -14,10 +14,12 @@ def expanded_corners(boxes: Tensor, sizes: tuple[int, int], padding: int) -> Ten
 
     The border widens the box about its centre. Boxes that are not finite come to lie outside any image.
     """
-    scale = [(size + 2 * padding) / size for size in reversed(sizes)]
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * boxes.new_tensor(scale)
-    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    corners = torch.cat([centre - half, centre + half], 1).clamp(-_MOST, _MOST)
+    height, width = ((size + 2 * padding) / size for size in sizes)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    half = (x2 - x1) * 0.5 * width, (y2 - y1) * 0.5 * height
+    centre = (x2 + x1) * 0.5, (y2 + y1) * 0.5
+    corners = torch.stack([c - h for c, h in zip(centre, half)] + [c + h for c, h in zip(centre, half)], 1)
+    corners = corners.clamp(-_MOST, _MOST)
     return corners.nan_to_num(-_MOST).long()
 
 
