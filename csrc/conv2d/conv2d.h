@@ -46,6 +46,7 @@ struct Conv2d {
   Conv2dShape shape;
   PixelMap<const float> input;
   const float* weight;  // prepared
+  const float* output_scale;  // [out_channels], or null: of kernels that read weights where they lie
   const float* bias;    // [out_channels], or null
   PixelMap<const float> residual;  // data null: none
   PixelMap<float> output;

@@ -54,7 +54,10 @@ void run_rows(const Conv2d& conv, int64_t x, int64_t k) {
   for (int p = 0; p < P; ++p) {
     float sums[L] = {};
     for (int r = 0; r < kRows; ++r) sums[r] = add_lanes(sum[r][p]);
-    finish(conv, load(sums), 0, 0, x + p, k, int(min_of(kRows, s.out_channels - k)));
+    const int n = int(min_of(kRows, s.out_channels - k));
+    Vec<float> sum = load(sums);
+    if (conv.output_scale) sum *= load_first(conv.output_scale + k, n);
+    finish(conv, sum, 0, 0, x + p, k, n);
   }
 }
 

@@ -42,7 +42,8 @@ struct BlockRange {
 // As FASTCV_CONV2D_KERNEL, of the phases of `runs` together.
 #define FASTCV_CONV_TRANSPOSE2D_KERNEL(name)                                                                        \
   int64_t name##_weights(const Conv2dShape& shape, const PhaseRuns& runs);                                          \
-  void name##_prepare(const Conv2dShape& shape, const PhaseRuns& runs, const float* weight, float* prepared);       \
+  void name##_prepare(const Conv2dShape& shape, const PhaseRuns& runs, const float* weight, const float* scale,     \
+                      float* prepared);                                                                             \
   int64_t name##_tasks(const Conv2dShape& shape, const PhaseRuns& runs);                                            \
   int64_t name##_scratch(const Conv2dShape& shape, const PhaseRuns& runs);                                          \
   void name(const Conv2d& conv, const PhaseRuns& runs, int64_t begin, int64_t end, float* scratch);
@@ -51,4 +52,8 @@ FASTCV_EACH_ISA(
     // Phases side by side as output channels of one matrix product; also those without taps.
     FASTCV_CONV_TRANSPOSE2D_KERNEL(conv_transpose2d_merged)
     // One input and one output channel to a group.
-    FASTCV_CONV_TRANSPOSE2D_KERNEL(conv_transpose2d_depthwise))
+    FASTCV_CONV_TRANSPOSE2D_KERNEL(conv_transpose2d_depthwise)
+    // Few maps of one pixel, one group; weights are those of the layer.
+    int64_t conv_transpose2d_gemv_tasks(const Conv2dShape& shape);
+    int64_t conv_transpose2d_gemv_scratch(const Conv2dShape& shape);
+    void conv_transpose2d_gemv(const Conv2d& conv, int64_t begin, int64_t end, float* scratch);)

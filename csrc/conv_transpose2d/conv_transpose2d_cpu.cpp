@@ -48,7 +48,7 @@ TransposedKernel kernel_for(const std::string& name, const Conv2dShape& shape) {
 Tensor prepare(const ConvTranspose2dPlan& plan, const Tensor& weight) {
   const Tensor contiguous = as_contiguous(weight, ScalarType::Float);
   Tensor prepared = empty_cpu({plan.weights()}, ScalarType::Float);
-  plan.prepare(data<float>(contiguous), mutable_data<float>(prepared));
+  plan.prepare({data<float>(contiguous)}, mutable_data<float>(prepared));
   return prepared;
 }
 
@@ -69,10 +69,12 @@ Tensor conv_transpose2d_cpu(const Tensor& input_any, const Tensor& weight, const
   check_float(input_any, "input"), check_float(weight, "weight");
   const Conv2dShape shape = make_shape(size_of(input_any), weight, {stride, padding, output_padding, dilation, groups});
   const ConvTranspose2dPlan plan(shape, kernel_for(kernel_name, shape));
-  const Tensor prepared = prepared_or_none ? *prepared_or_none : prepare(plan, weight);
-  STD_TORCH_CHECK(
-      prepared.scalar_type() == ScalarType::Float && prepared.is_contiguous() && prepared.numel() == plan.weights(),
-      "prepared: expected what conv_transpose2d_prepare gives for the same weight and kernel");
+  const Tensor prepared = plan.reads_in_place() ? as_contiguous(weight, ScalarType::Float)
+                          : prepared_or_none    ? *prepared_or_none
+                                                : prepare(plan, weight);
+  const bool fits = prepared.is_contiguous() && prepared.numel() == plan.weights();
+  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Float && (fits || plan.reads_in_place()),
+                  "prepared: expected what conv_transpose2d_prepare gives for the same weight and kernel");
   const Tensor input = with_channels_last(input_any);
   Tensor output = empty_cpu({shape.images, shape.out_channels, shape.out_height, shape.out_width}, ScalarType::Float,
                             MemoryFormat::ChannelsLast);

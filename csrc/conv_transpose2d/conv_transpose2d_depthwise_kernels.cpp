@@ -196,7 +196,7 @@ int64_t conv_transpose2d_depthwise_weights(const Conv2dShape& s, const PhaseRuns
 }
 
 void conv_transpose2d_depthwise_prepare(const Conv2dShape& s, const PhaseRuns& runs, const float* weight,
-                                        float* prepared) {
+                                        const float* scale, float* prepared) {
   for (int64_t y = 0; y < runs.y.count; ++y)
     for (int64_t ty = 0; ty < runs.y.taps; ++ty)
       for (int64_t tx = 0; tx < runs.x.taps; ++tx)
@@ -204,7 +204,8 @@ void conv_transpose2d_depthwise_prepare(const Conv2dShape& s, const PhaseRuns& r
           for (int64_t c = 0; c < s.channels; ++c) {
             const int64_t ky = runs.y.kernel + y + ty * runs.y.kernel_step,
                           kx = runs.x.kernel + x + tx * runs.x.kernel_step;
-            *prepared++ = weight[(c * s.kernel_h + ky) * s.kernel_w + kx];
+            const float w = weight[(c * s.kernel_h + ky) * s.kernel_w + kx];
+            *prepared++ = scale ? w * scale[c] : w;
           }
   memset(prepared, 0, L * sizeof(float));
 }

@@ -218,14 +218,15 @@ int64_t conv_transpose2d_merged_weights(const Conv2dShape& s, const PhaseRuns& r
 }
 
 void conv_transpose2d_merged_prepare(const Conv2dShape& s, const PhaseRuns& runs, const float* weight,
-                                     float* prepared) {
+                                     const float* scale, float* prepared) {
   const Plan p(s, runs);
   const int64_t channels = s.group_channels(), outputs = s.group_outputs(), taps = s.kernel_h * s.kernel_w;
   const auto at = [&](int64_t g, int64_t n, int64_t ty, int64_t tx, int64_t c) {
     if (n >= p.columns) return 0.0f;
     const int64_t k = n % outputs, x = n / outputs % runs.x.count, y = n / outputs / runs.x.count;
     const int64_t ky = runs.y.kernel + y + ty * runs.y.kernel_step, kx = runs.x.kernel + x + tx * runs.x.kernel_step;
-    return weight[((g * channels + c) * outputs + k) * taps + ky * s.kernel_w + kx];
+    const float w = weight[((g * channels + c) * outputs + k) * taps + ky * s.kernel_w + kx];
+    return scale ? w * scale[g * outputs + k] : w;
   };
   for (int64_t g = 0; g < s.groups; ++g)
     for (int64_t n0 = 0; n0 < p.columns; n0 += kPanel) {

@@ -1,6 +1,7 @@
 #include "conv_transpose2d_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "../common/window_size.h"
@@ -69,9 +70,9 @@ const Conv2dKernel* phase_kernel(const char* name, const Conv2dShape& shape) {
 
 const char* const kNames[] = {"gemm",         "winograd", "depthwise", "grouped", "torch",
                               "winograd_2x2", "merged",   "bf16",      "pixel",   "winograd_3x3",
-                              "amx"};
+                              "amx",          "pixel_gemv"};
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 16, kFewImages = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -155,13 +156,15 @@ TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dSh
                          window_reach(s.kernel_h, s.dilation_h) * window_reach(s.kernel_w, s.dilation_w) <= kMostPhases;
   if (name != "auto") {
     const TransposedKernel kernel = number_of(name);
-    const bool serves = kernel == TransposedKernel::pixel       ? one_pixel && s.groups == 1
+    const bool pixel = kernel == TransposedKernel::pixel || kernel == TransposedKernel::pixel_gemv;
+    const bool serves = pixel                                   ? one_pixel && s.groups == 1
                         : kernel == TransposedKernel::depthwise ? is_depthwise(s)
                                                                 : name == kNames[size_t(kernel)];
     return serves ? kernel : TransposedKernel::torch;
   }
   if (is_depthwise(s)) return TransposedKernel::depthwise;
-  if (one_pixel && s.groups == 1) return TransposedKernel::pixel;
+  if (one_pixel && s.groups == 1)
+    return s.images <= kFewImages ? TransposedKernel::pixel_gemv : TransposedKernel::pixel;
   if (is_plain(s)) return kernel_of_phases(s, precision);
   if (s.groups > 1 && s.group_outputs() < kLanes) return TransposedKernel::torch;
   if (merged_cost(s) < 0.9 * separate_cost(s)) return TransposedKernel::merged;
@@ -171,9 +174,15 @@ TransposedKernel conv_transpose2d_kernel(const std::string& name, const Conv2dSh
 ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel)
     : shape_(shape), kernel_(kernel) {
   Conv2dShape& s = shape_;
-  const bool pixel = kernel == TransposedKernel::pixel;
+  if (kernel == TransposedKernel::pixel)
+    s.stride_h = s.dilation_h * (s.kernel_h - 1) + 1, s.stride_w = s.dilation_w * (s.kernel_w - 1) + 1;
   const bool joins = kernel == TransposedKernel::merged || (kernel == TransposedKernel::depthwise && !is_plain(s));
-  if (pixel) s.stride_h = s.dilation_h * (s.kernel_h - 1) + 1, s.stride_w = s.dilation_w * (s.kernel_w - 1) + 1;
+  if (kernel == TransposedKernel::pixel_gemv) {
+    Part part{Kind::gemv, {}};
+    part.tasks = s.images > 0 ? FASTCV_PICK(conv_transpose2d_gemv_tasks)(s) : 0;
+    add(part, 0, FASTCV_PICK(conv_transpose2d_gemv_scratch)(s));
+    return;
+  }
   for (const PhaseRun& y : phase_runs(s.kernel_h, s.stride_h, s.dilation_h, joins))
     for (const PhaseRun& x : phase_runs(s.kernel_w, s.stride_w, s.dilation_w, joins)) {
       const PhaseRuns runs{y, x};
@@ -192,11 +201,6 @@ ConvTranspose2dPlan::ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKer
         add_phase(runs, kernel);
       }
     }
-  for (Part& part : parts_) {
-    part.first = tasks_;
-    tasks_ += part.tasks;
-    even_ &= part.tasks == parts_.front().tasks;
-  }
 }
 
 void ConvTranspose2dPlan::add_phase(const PhaseRuns& runs, TransposedKernel kernel) {
@@ -214,40 +218,76 @@ void ConvTranspose2dPlan::add_phase(const PhaseRuns& runs, TransposedKernel kern
 }
 
 void ConvTranspose2dPlan::add(Part part, int64_t weights, int64_t scratch) {
-  part.weight = weights_;
+  part.weight = weights_, part.first = tasks_;
   weights_ += ceil_div(weights, kLanes) * kLanes;
-  scratch_ = std::max(scratch_, scratch);
+  tasks_ += part.tasks, scratch_ = std::max(scratch_, scratch);
   parts_.push_back(part);
+  even_ &= part.tasks == parts_.front().tasks;
+}
+
+int64_t ConvTranspose2dPlan::outputs_prepared_together() const {
+  int64_t together = std::numeric_limits<int64_t>::max();
+  for (const Part& part : parts_)
+    together = std::min(together, part.kernel ? fastcv::outputs_prepared_together(*part.kernel, part.shape) : 0);
+  return together;
+}
+
+int64_t ConvTranspose2dPlan::preparation_tasks(const Part& part) const {
+  const int64_t together = part.kernel ? fastcv::outputs_prepared_together(*part.kernel, part.shape) : 0;
+  return together ? ceil_div(shape_.out_channels, together) : 1;
+}
+
+int64_t ConvTranspose2dPlan::preparation_tasks() const {
+  int64_t tasks = 0;
+  for (const Part& part : parts_) tasks += preparation_tasks(part);
+  return tasks;
 }
 
 // [K, C / groups, taps, taps] of a phase, in the order of the input, for its kernel.
-void ConvTranspose2dPlan::prepare_phase(const Part& part, const float* weight, float* prepared) const {
+void ConvTranspose2dPlan::prepare_phase(const Part& part, const TransposedWeight& w, int64_t task,
+                                        float* prepared) const {
   const Conv2dShape& s = shape_;
-  const int64_t channels = s.group_channels(), outputs = s.group_outputs(), taps_y = part.runs.y.taps,
-                taps_x = part.runs.x.taps;
-  std::vector<float> of_phase(size_t(s.out_channels * channels * taps_y * taps_x));
-  float* to = of_phase.data();
-  for (int64_t g = 0; g < s.groups; ++g)
-    for (int64_t k = 0; k < outputs; ++k)
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* from = weight + ((g * channels + c) * outputs + k) * s.kernel_h * s.kernel_w;
-        for (int64_t ty = taps_y; ty-- > 0;)
-          for (int64_t tx = taps_x; tx-- > 0;)
-            *to++ = from[(part.runs.y.kernel + ty * part.runs.y.kernel_step) * s.kernel_w + part.runs.x.kernel +
-                         tx * part.runs.x.kernel_step];
+  const int64_t channels = s.group_channels(), outputs = s.group_outputs(), of_group = w.outputs ? w.outputs : outputs;
+  const int64_t each = preparation_tasks(part) > 1 ? fastcv::outputs_prepared_together(*part.kernel, part.shape)
+                                                   : s.out_channels;
+  const int64_t first = task * each, last = std::min(s.out_channels, first + each);
+  const int64_t ty = part.runs.y.taps, tx = part.runs.x.taps, taps = ty * tx, all = s.kernel_h * s.kernel_w;
+  std::vector<int64_t> element(static_cast<size_t>(taps));  // of the kernel, of each tap in the order of the input
+  for (int64_t i = 0; i < taps; ++i)
+    element[size_t(i)] = (part.runs.y.kernel + (ty - 1 - i / tx) * part.runs.y.kernel_step) * s.kernel_w +
+                         part.runs.x.kernel + (tx - 1 - i % tx) * part.runs.x.kernel_step;
+  std::vector<float> of_phase(size_t((last - first) * channels * taps));
+  for (int64_t c0 = 0; c0 < channels; c0 += kLanes)  // some at a time: both sides are read and written by lines
+    for (int64_t k = first; k < last; ++k)
+      for (int64_t c = c0; c < std::min(channels, c0 + kLanes); ++c) {
+        const float* from = w.data + ((k / outputs * channels + c) * of_group + w.first + k % outputs) * all;
+        float* to = of_phase.data() + ((k - first) * channels + c) * taps;
+        for (int64_t i = 0; i < taps; ++i) to[i] = from[element[size_t(i)]];
       }
-  part.kernel->prepare(part.shape, of_phase.data(), nullptr, prepared);
+  Conv2dShape shape = part.shape;
+  shape.out_channels = first;
+  prepared += first ? part.kernel->weights(shape) : 0;
+  shape.out_channels = last - first;
+  part.kernel->prepare(shape, of_phase.data(), w.scale ? w.scale + w.first + first : nullptr, prepared);
 }
 
-void ConvTranspose2dPlan::prepare(const float* weight, float* prepared) const {
-  for (const Part& part : parts_) {
-    float* const to = prepared + part.weight;
-    switch (part.kind) {
-      case Kind::phase: prepare_phase(part, weight, to); break;
-      case Kind::merged: FASTCV_PICK(conv_transpose2d_merged_prepare)(shape_, part.runs, weight, to); break;
-      case Kind::depthwise: FASTCV_PICK(conv_transpose2d_depthwise_prepare)(shape_, part.runs, weight, to); break;
-    }
+void ConvTranspose2dPlan::prepare(const TransposedWeight& weight, int64_t task, float* prepared) const {
+  size_t p = 0;
+  for (; task >= preparation_tasks(parts_[p]); ++p) task -= preparation_tasks(parts_[p]);
+  const Part& part = parts_[p];
+  float* const to = prepared + part.weight;
+  switch (part.kind) {
+    case Kind::phase: return prepare_phase(part, weight, task, to);
+    case Kind::merged:
+      return FASTCV_PICK(conv_transpose2d_merged_prepare)(shape_, part.runs, weight.data, weight.scale, to);
+    case Kind::depthwise:
+      return FASTCV_PICK(conv_transpose2d_depthwise_prepare)(shape_, part.runs, weight.data, weight.scale, to);
+    case Kind::gemv: return;
   }
+}
+
+void ConvTranspose2dPlan::prepare(const TransposedWeight& weight, float* prepared) const {
+  for (int64_t task = 0; task < preparation_tasks(); ++task) prepare(weight, task, prepared);
 }
 
 // The phase as the convolution that it is: its outputs lie `stride` pixels apart.
@@ -281,6 +321,10 @@ void ConvTranspose2dPlan::run(const Conv2d& conv, int64_t begin, int64_t end, fl
     }
     if (part->kind == Kind::phase) {
       part->kernel->run(phase_of(conv, *part), task, task + 1, scratch);
+      continue;
+    }
+    if (part->kind == Kind::gemv) {
+      FASTCV_PICK(conv_transpose2d_gemv)(conv, task, task + 1, scratch);
       continue;
     }
     Conv2d whole = conv;

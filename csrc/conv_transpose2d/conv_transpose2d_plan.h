@@ -21,7 +21,8 @@ enum class TransposedKernel : int64_t {
   bf16,
   pixel,
   winograd_3x3,
-  amx
+  amx,
+  pixel_gemv
 };
 
 // The named one, or for "auto" the one that is fastest; torch where none serves.
@@ -35,6 +36,12 @@ constexpr int64_t kMostPhases = int64_t(1) << 16;
 // output.
 bool set_transposed_output_size(Conv2dShape& shape, int64_t output_padding_h, int64_t output_padding_w);
 
+// Of a layer, [C, K / groups, KH, KW]. Where a plan is of some outputs of one group: from `first` on, of `outputs`.
+struct TransposedWeight {
+  const float *data, *scale = nullptr;  // scale: [K], of outputs, or null
+  int64_t first = 0, outputs = 0;
+};
+
 class ConvTranspose2dPlan {
  public:
   ConvTranspose2dPlan(const Conv2dShape& shape, TransposedKernel kernel);
@@ -44,13 +51,20 @@ class ConvTranspose2dPlan {
   // As of a kernel of conv2d. How weights lie depends on kernel, groups, stride and dilation alone; where dilated, also
   // on padding and output padding, of which depends whether Winograd's kernel serves a phase.
   int64_t weights() const { return weights_; }
-  void prepare(const float* weight, float* prepared) const;
+  void prepare(const TransposedWeight& weight, float* prepared) const;
+  // Weights are read where they lie, and none prepared.
+  bool reads_in_place() const { return kernel_ == TransposedKernel::pixel_gemv; }
+  // So many outputs of a phase are prepared without the others, as those of conv2d's kernels; 0: not in all phases.
+  int64_t outputs_prepared_together() const;
+  // In tasks that do not meet in memory.
+  int64_t preparation_tasks() const;
+  void prepare(const TransposedWeight& weight, int64_t task, float* prepared) const;
   int64_t tasks() const { return tasks_; }
   int64_t scratch() const { return scratch_; }
   void run(const Conv2d& conv, int64_t begin, int64_t end, float* scratch) const;
 
  private:
-  enum class Kind { phase, merged, depthwise };
+  enum class Kind { phase, merged, depthwise, gemv };
   struct Part {
     Kind kind;
     PhaseRuns runs;
@@ -66,7 +80,8 @@ class ConvTranspose2dPlan {
   void add_phase(const PhaseRuns& runs, TransposedKernel kernel);
   void add(Part part, int64_t weights, int64_t scratch);
   Conv2d phase_of(const Conv2d& conv, const Part& part) const;
-  void prepare_phase(const Part& part, const float* weight, float* prepared) const;
+  int64_t preparation_tasks(const Part& part) const;
+  void prepare_phase(const Part& part, const TransposedWeight& weight, int64_t task, float* prepared) const;
 
   Conv2dShape shape_;
   TransposedKernel kernel_;

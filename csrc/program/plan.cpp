@@ -32,7 +32,7 @@ StepKernel step_kernel(Op op, bool indices = false) {
 }  // namespace
 
 const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const Conv2dShape& shape) {
-  if (std::string("gemv") == kernel.name && s.weights[2] < 0) return s.weight(*this, 0);  // read where it lies
+  if (std::string("gemv") == kernel.name) return s.weight(*this, 0);  // read where it lies
   const std::lock_guard lock(mutex_);
   auto& kept = prepared_[{&kernel, s.weights[0], s.weights[2], shape.groups}];
   if (!kept) {
@@ -42,27 +42,15 @@ const float* Program::prepared(const Step& s, const Conv2dKernel& kernel, const 
   return kept;
 }
 
-// Weights are [C, K / groups, KH, KW] here, so that the scale of an output channel is met in every input channel.
 const float* Program::prepared(const Step& s, const ConvTranspose2dPlan& plan, const Conv2dShape& shape) {
+  if (plan.reads_in_place()) return s.weight(*this, 0);
   std::vector<int64_t> geometry(s.params.begin(), s.params.begin() + 9);
   if (shape.dilation_h == 1 && shape.dilation_w == 1) std::fill_n(geometry.begin() + 2, 4, 0);  // all paddings alike
   const std::lock_guard lock(mutex_);
   auto& kept = transposed_[{plan.kernel(), s.weights[0], s.weights[2], geometry}];
   if (!kept) {
-    const Weight& weight = weights[size_t(s.weights[0])];
-    const float *scale = s.weight(*this, 2), *from = weight.data;
-    std::vector<float> scaled;
-    if (scale) {
-      const int64_t taps = shape.kernel_h * shape.kernel_w, outputs = shape.group_outputs();
-      scaled.resize(size_t(shape.channels * outputs * taps));
-      for (int64_t i = 0; i < int64_t(scaled.size()); ++i) {
-        const int64_t k = i / taps % outputs, group = i / taps / outputs / shape.group_channels();
-        scaled[size_t(i)] = from[i] * scale[group * outputs + k];
-      }
-      from = scaled.data();
-    }
     kept = blocks_.allocate(plan.weights());
-    plan.prepare(from, kept);
+    plan.prepare({s.weight(*this, 0), s.weight(*this, 2)}, kept);
   }
   return kept;
 }
@@ -82,7 +70,6 @@ PlannedStep choose_kernel(Program& program, const Plan& plan, size_t number, int
     TransposedKernel kernel = conv_transpose2d_kernel("auto", planned.shape, program.precision);
     if (kernel == TransposedKernel::torch) kernel = TransposedKernel::merged;  // there is no torch here
     planned.transposed = std::make_shared<const ConvTranspose2dPlan>(planned.shape, kernel);
-    planned.weight = program.prepared(step, *planned.transposed, planned.shape);
   } else {
     planned.other = step_kernel(step.op, step.op == Op::max_pool && step.params[8]);
   }

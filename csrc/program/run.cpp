@@ -57,6 +57,7 @@ Conv2d bind_conv(const Program& program, const Plan& plan, const PlannedStep& pl
   };
   conv.shape = planned.shape;
   conv.weight = planned.weight ? planned.weight : pointers.arena + planned.transient.offset;
+  if (planned.weight == step.weight(program, 0)) conv.output_scale = step.weight(program, 2);  // read where they lie
   conv.input = read_only(map(step.inputs[0]));
   conv.output = map(step.output);
   if (step.inputs.size() > 1) conv.residual = read_only(map(step.inputs[1]));
@@ -130,7 +131,8 @@ BoundStep bind_step(const Program& program, const Plan& plan, const PlannedStep&
   BoundStep bound{&planned, {}, {}, {}};
   if (planned.transient.makes) {
     const Step& step = program.steps[planned.step];
-    bound.preparation = {step.weight(program, 0), step.weight(program, 2), pointers.arena + planned.transient.offset};
+    bound.preparation = {step.weight(program, 0), step.weight(program, 2), pointers.arena + planned.transient.offset,
+                         plan.extents[size_t(step.output)].c};
   } else if (planned.conv || planned.transposed)
     bound.conv = bind_conv(program, plan, planned, pointers);
   else if (planned.copy_from >= 0)

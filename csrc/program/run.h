@@ -23,6 +23,7 @@ struct Pointers {
 struct Preparation {
   const float *weight, *scale;  // of all outputs; scale may be null
   float* to;
+  int64_t outputs;  // of the layer
 
   void run(const PlannedStep& planned, int64_t task) const;
 };

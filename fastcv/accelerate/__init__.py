@@ -48,8 +48,9 @@ def accelerate(
 
     Returns:
         A module in evaluation mode with the same class, attributes, state dict and outputs (to rounding), and the
-        attribute ``fastcv_report``, which prints what was changed, what was left, and why. While gradients are enabled
-        or in training mode it runs as before.
+        attribute ``fastcv_report``, which prints what was changed, what was left, and why. Where a model unpools to the
+        positions of maxima, rounding may choose another among those as good as equal, as it may in torch. While
+        gradients are enabled or in training mode it runs as before.
 
     Raises:
         TypeError: ``model`` is not a module, ``low_memory`` is not a bool.

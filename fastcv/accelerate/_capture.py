@@ -10,6 +10,7 @@ import sys
 from threading import RLock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,9 @@ from ._report import Part, Report
 
 # Of the largest output, between a part and its captured form, on its first input.
 TOLERANCE = {"default": 1e-4, "highest": 1e-4, "bfloat16": 0.1, "fast": 1e-3}
+# Where positions of maxima are used, rounding chooses among maxima that are as good as equal, and what they place is
+# elsewhere: the share of elements that may be. In DeconvNet it is up to 0.001, between torch's memory formats as well.
+_MOVED = 0.01
 
 
 class _Tracer(fx.Tracer):
@@ -162,6 +166,7 @@ class _Forward:
         self.keep_strides, self.settings = keep_strides, settings
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.inputs = sum(p.default is p.empty for p in parameters) - 1  # without self; others keep their defaults
+        self.moved = _MOVED if _uses_positions(captured) else 0.0
         self.checked = self.dropped = self.entered = False
         self.lock = RLock()
         self.spec: _pytree.TreeSpec | None = None
@@ -208,7 +213,7 @@ class _Forward:
         if why is None:
             result = self.captured(*args)
             leaves = (_pytree.tree_leaves(result), _pytree.tree_leaves(expected))
-            if not _close(*leaves, TOLERANCE[self.settings.precision]):
+            if not _close(*leaves, TOLERANCE[self.settings.precision], self.moved):
                 why = "for its captured form gave other results"
         if why is not None:
             self.dropped = True
@@ -235,24 +240,39 @@ class _Forward:
         return None
 
 
-def _close(results: list, expected: list, tolerance: float) -> bool:
+def _uses_positions(graph: fx.GraphModule) -> bool:
+    """Whether there is unpooling in it, or pooling with indices."""
+    for node in graph.graph.nodes:
+        layer = graph.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, nn.MaxUnpool2d) or getattr(layer, "return_indices", False):
+            return True
+        if node.target in (F.max_unpool2d, ops.max_unpool2d, F.max_pool2d_with_indices):
+            return True
+        if node.kwargs.get("return_indices"):
+            return True
+    return False
+
+
+def _close(results: list, expected: list, tolerance: float, moved: float = 0.0) -> bool:
     if len(results) != len(expected):
         return False
     for a, b in zip(results, expected, strict=True):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             if a is not b and a != b:
                 return False
-        elif a.shape != b.shape or a.dtype != b.dtype or (b.numel() and not _close_tensors(a, b, tolerance)):
+        elif a.shape != b.shape or a.dtype != b.dtype or (b.numel() and not _close_tensors(a, b, tolerance, moved)):
             return False
     return True
 
 
-def _close_tensors(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Within ``tolerance`` of the largest number in ``b``. Piece by piece: a copy of a large map would set the peak of
-    memory."""
+def _close_tensors(a: Tensor, b: Tensor, tolerance: float, moved: float = 0.0) -> bool:
+    """All but the share ``moved`` within ``tolerance`` of the largest number in ``b``. Piece by piece: a copy of a
+    large map would set the peak of memory."""
+    most = moved * b.numel()
     if not b.is_floating_point():
-        return torch.equal(a, b)
+        return int((a != b).sum()) <= most
     axis = b.dim() - 1 if b.dim() < 3 else 2  # rows of maps
     pieces = [t.split(32, axis) if t.dim() else (t,) for t in (a, b)]
     limit = max(float(y.abs().where(y.isfinite(), 0).max()) for y in pieces[1]) * tolerance + 1e-30
-    return all(torch.allclose(x, y, rtol=0, atol=limit, equal_nan=True) for x, y in zip(*pieces, strict=True))
+    close = (torch.isclose(x, y, rtol=0, atol=limit, equal_nan=True) for x, y in zip(*pieces, strict=True))
+    return sum(int((~c).sum()) for c in close) <= most

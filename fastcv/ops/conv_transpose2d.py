@@ -44,6 +44,7 @@ KERNELS = (
     "pixel",
     "winograd_3x3",
     "amx",
+    "pixel_gemv",
 )
 
 _GEOMETRY = "int groups, SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt[2] dilation"
@@ -102,8 +103,8 @@ def conv_transpose2d(
         kernel: which kernel computes it: ``"auto"``, or for measurements ``"gemm"``, ``"winograd"``,
             ``"winograd_3x3"`` or ``"winograd_2x2"`` (phases of up to 3x3 taps), ``"grouped"`` (phases 3 wide, groups
             of few channels), ``"merged"`` (phases as columns of one product), ``"depthwise"``, ``"pixel"`` (inputs of
-            one pixel), ``"bf16"`` or ``"amx"`` (operands rounded to bfloat16), or ``"torch"``, which ``"auto"`` leaves
-            strides above 1 in groups of less than 16 outputs to.
+            one pixel), ``"pixel_gemv"`` (few of them), ``"bf16"`` or ``"amx"`` (operands rounded to bfloat16), or
+            ``"torch"``, which ``"auto"`` leaves strides above 1 in groups of less than 16 outputs to.
 
     Returns:
         ``[N, K, OH, OW]`` in the input's memory format, with

@@ -16,10 +16,9 @@ def expanded_corners(boxes: Tensor, sizes: tuple[int, int], padding: int) -> Ten
     """
     height, width = ((size + 2 * padding) / size for size in sizes)
     x1, y1, x2, y2 = boxes.unbind(1)
-    half = (x2 - x1) * 0.5 * width, (y2 - y1) * 0.5 * height
-    centre = (x2 + x1) * 0.5, (y2 + y1) * 0.5
-    corners = torch.stack([c - h for c, h in zip(centre, half)] + [c + h for c, h in zip(centre, half)], 1)
-    corners = corners.clamp(-_MOST, _MOST)
+    half_w, half_h = (x2 - x1) * 0.5 * width, (y2 - y1) * 0.5 * height
+    x, y = (x2 + x1) * 0.5, (y2 + y1) * 0.5
+    corners = torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], 1).clamp(-_MOST, _MOST)
     return corners.nan_to_num(-_MOST).long()
 
 

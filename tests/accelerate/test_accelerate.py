@@ -185,6 +185,41 @@ def test_decisions_that_tracing_cannot_see_are_found_out():
     assert "other results" in str(fast.fastcv_report)
 
 
+def test_maxima_as_good_as_equal():
+    """Where all that a window sees is equal, rounding decides which of its maxima is the greatest."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(16, 64, 3, padding=1), nn.Conv2d(64, 8, 3, padding=1)
+            self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+        def forward(self, x):
+            return self.second(self.unpool(*self.pool(self.first(x))))
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(1, 16, 96, 96)
+    x[..., 20:26, 20:26] = x[..., 20:21, 20:21]
+    fast = fastcv.accelerate(model)
+    with torch.inference_mode():
+        fast(x)
+        actual, expected = fast(x), model(x)
+    assert "left as it is" not in str(fast.fastcv_report)
+    moved = ((actual - expected).abs() > 1e-4 * expected.abs().max()).float().mean()
+    assert moved < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_only_some_elements_may_move(dtype):
+    from fastcv.accelerate._capture import _close
+
+    expected = torch.arange(10000.0).view(1, 1, 100, 100).to(dtype)
+    for wrong, moved, accepted in ((50, 0.01, True), (200, 0.01, False), (1, 0.0, False), (0, 0.0, True)):
+        actual = expected.clone()
+        actual.view(-1)[:wrong] += 500
+        assert _close([actual], [expected], 1e-4, moved) is accepted
+
+
 def test_hooks_are_left_alone():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)), nn.Conv2d(4, 4, 1))
     seen = []

@@ -40,6 +40,13 @@ class Block(nn.Module):
         return F.relu(self.second_norm(self.second(F.relu(self.first_norm(self.first(x))))) + x)
 
 
+def transposed_and_norm(*arguments):
+    norm = nn.BatchNorm2d(arguments[1])
+    norm.weight.data.uniform_(0.5, 2)
+    norm.running_var.uniform_(0.5, 2)
+    return nn.Sequential(nn.ConvTranspose2d(*arguments, bias=False), norm, nn.ReLU())
+
+
 def seeded(build):
     torch.manual_seed(0)
     return build().eval()
@@ -60,7 +67,13 @@ MODELS = {  # the model, the size of its input, the pieces of its steps (by thre
     "linear layers of many rows": (lambda: nn.Sequential(nn.Linear(300, 200), nn.ReLU()), (50, 300), [2]),
     "small": (lambda: nn.Conv2d(16, 16, 3, padding=1), (1, 16, 9, 9), [1]),
     "groups": (lambda: nn.Conv2d(128, 128, 3, padding=1, groups=4), (1, 128, 9, 9), [1]),
-    "transposed": (lambda: nn.ConvTranspose2d(64, 64, 4, 2, 1), (1, 64, 9, 9), [1]),
+    "transposed": (lambda: nn.ConvTranspose2d(64, 64, 4, 2, 1), (1, 64, 9, 9), [2]),
+    "transposed and norm": (lambda: transposed_and_norm(72, 130, 4, 2, 1), (2, 72, 8, 9), [2]),
+    "transposed, 3x3": (lambda: transposed_and_norm(72, 70, 3, 1, 1), (1, 72, 20, 19), [2]),
+    "transposed, parts of the outputs": (lambda: transposed_and_norm(1024, 200, 4, 2, 1), (4, 1024, 4, 4), [4]),
+    "transposed, phases as columns": (lambda: nn.ConvTranspose2d(64, 32, 2, 2), (1, 64, 9, 9), [1]),
+    "transposed, groups": (lambda: nn.ConvTranspose2d(64, 64, 4, 2, 1, groups=2), (1, 64, 9, 9), [1]),
+    "transposed, read where they lie": (lambda: transposed_and_norm(100, 70, 4, 1, 0), (3, 100, 1, 1), [1]),
 }
 
 

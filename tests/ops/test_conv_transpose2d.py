@@ -52,6 +52,8 @@ SHAPES = [
     (1, 8, 5, 4, 6, (2, 2), 3, 1, 0, 1, 1),
     (1, 4, 4, 4, 5, (3, 3), 2, 4, 1, 1, 1),
     (1, 2, 2, 2, 3, (1, 1), 1, 0, 0, 1, 1),
+    (9, 20, 1, 1, 24, (4, 4), 1, 0, 0, 1, 1),
+    (7, 41, 1, 1, 90, (5, 7), 2, (1, 2), 1, 1, 1),
 ]
 
 
@@ -105,7 +107,7 @@ def test_each_kernel_is_chosen_somewhere():
         x, weight, _, stride, padding, output_padding, groups, dilation = case(shape)
         two = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, output_padding, dilation)]
         chosen.add(KERNELS[torch.ops.fastcv.conv_transpose2d_kernel(x, weight, groups, *two)])
-    assert chosen >= {"gemm", "winograd", "winograd_3x3", "depthwise", "grouped", "merged", "pixel"}
+    assert chosen >= {"gemm", "winograd", "winograd_3x3", "depthwise", "grouped", "merged", "pixel", "pixel_gemv"}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -267,7 +269,7 @@ def test_errors():
 
 
 @compiled_only
-@pytest.mark.parametrize("kernel", ["gemm", "merged", "depthwise", "pixel", "winograd", "auto"])
+@pytest.mark.parametrize("kernel", ["gemm", "merged", "depthwise", "pixel", "pixel_gemv", "winograd", "auto"])
 def test_numbers_too_large(kernel):
     x, weight, groups = torch.ones(1, 4, 1, 1), torch.ones(4, 4, 2, 2), 1
     if kernel == "depthwise":
@@ -310,6 +312,6 @@ def test_vmap():
 @compiled_only
 def test_errors_of_kernels_that_do_not_serve():
     x, weight = torch.ones(1, 4, 5, 5), torch.ones(4, 6, 3, 3)
-    for kernel in ("depthwise", "pixel"):
+    for kernel in ("depthwise", "pixel", "pixel_gemv"):
         with pytest.raises(RuntimeError, match="does not serve"):
             conv_transpose2d(x, weight, kernel=kernel)
