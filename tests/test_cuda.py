@@ -13,7 +13,7 @@ from conftest import DEVICE_TESTS, ROOT, run_python
 
 SOURCES = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
 # Tests beside those of the operator with the folder's name.
-ALSO = {"nms": ["nms_padded"], "roi_align": ["multiscale_roi_align"]}
+ALSO = {"box_iou_rotated": ["nms_rotated"], "nms": ["nms_padded"], "roi_align": ["multiscale_roi_align"]}
 
 
 @pytest.fixture(scope="session")

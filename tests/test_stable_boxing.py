@@ -15,6 +15,9 @@ from fastcv.ops.conv2d import KERNELS
 
 torch.manual_seed(0)
 BOXES = torch.tensor([[0.0, 1, 10, 12], [1, 1, 11, 12], [2, 9, 12, 21], [30, 31, 40, 43]])
+ROTATED = torch.tensor(
+    [[4.0, 5, 9, 4, 20], [5, 5, 9, 4, 30], [5, 6, 9, 4, 25], [31, 30, 2, 4, 80]], dtype=torch.float64
+)
 SCORES = torch.tensor([0.9, 0.8, 0.7, 0.35])
 CLASSES = torch.tensor([0, 0, 1, 0])
 FEATURE = torch.randn(5, 24, 11, 13)
@@ -100,10 +103,14 @@ CALLS = {
         (BOXES, SCORES, CLASSES, [3, 1], [0.5, 2.0], 0.4, 0.36, "avg", False),
         (BOXES, SCORES, CLASSES, [2, 2], [3.0, 2.0], 0.3, 0.1, "max", True),
     ],
+    "box_iou_rotated": [(ROTATED[:2], ROTATED, True), (ROTATED, ROTATED[1:], False)],
+    "nms_rotated": [(ROTATED, SCORES, CLASSES, 0.3), (ROTATED, SCORES, None, 0.6)],
     "match_boxes": [(BOXES[:3], BOXES, 0.7, 0.3, True), (BOXES[:3], BOXES, 0.5, 0.4, False)],
     "paste_masks_in_image": [(torch.rand(2, 1, 5, 7), torch.tensor([[1, 2, 8, 9], [-3, 0, 4, 30]]), 11, 13, 1)],
     "roi_pool": [(FEATURE, ROIS, *BINS)],
     "roi_pool_backward": [(GRAD, ROIS, ARGMAX, *BINS, *SHAPE)],
+    "prroi_pool": [(FEATURE, ROIS, *BINS, 0), (FEATURE, ROIS, *BINS, 4)],
+    "prroi_pool_backward": [(GRAD, ROIS, *BINS, *SHAPE, 0), (GRAD, ROIS, *BINS, *SHAPE, 1)],
     "ps_roi_align": [(FEATURE, ROIS, *BINS, 4), (FEATURE, ROIS, *BINS, -1)],
     "ps_roi_align_backward": [(GRAD[:, :4], ROIS, *BINS, *SHAPE, 4), (GRAD[:, :4], ROIS, *BINS, *SHAPE, -1)],
     "ps_roi_pool": [(FEATURE, ROIS, *BINS)],

@@ -132,7 +132,7 @@ auto bilinear(const Tensor& boxes, int64_t sampling_ratio) {
 }
 auto mean(const Tensor& boxes) {
   return [&boxes]<class W>(W, const RoiGeometry& g) {
-    return plan_rois<W>(boxes, g, []<class C>(C low, C high, C scale, int64_t bins) {
+    return plan_rois<W>(boxes, g, []<class C>(C low, C high, C scale, int64_t bins, bool) {
       return MeanAxis<C>(low, high, scale, bins);
     });
   };

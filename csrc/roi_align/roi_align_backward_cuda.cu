@@ -1,107 +1,16 @@
-// The gradient of RoIAlign without atomics (roi_tiles_cuda.h): a block of threads owns a tile of 8 x 8 pixels and 64
-// channels.
-//
-// For each region that meets it, the weights of the bins on the tile's rows and columns are made once in shared
-// memory; a thread sums its two rows of one channel in registers, up to 16 multiply-adds for each element of the
-// gradient that it loads.
+// The gradient of RoIAlign on the device (roi_backward_cuda.h).
 //
 // Bytes: the gradient once for each tile that a region meets, the map once. Floor for 1000 regions of 256 channels
 // and 7 x 7 bins on 200 x 272 pixels in float32, as for the forward pass, 25 us; regions of 14 x 14 pixels meet 4 to
 // 9 tiles, so that the gradient's 50 MB are read about 6 times, mostly from the second-level cache.
-#include "roi_tiles_cuda.h"
+#include "roi_backward_cuda.h"
 
 namespace fastcv::cuda {
 namespace {
 
-template <class T, class C>
-struct Backward {
-  RoiRegions<C> regions;
-  TiledMaps<T> tiled;
-  RoiGroups groups;
-  const T* grad;  // [K, C, PH, PW]
-  int64_t stride_roi, stride_c, stride_bin;
-};
-
-// A tile's sums of one region. weights: of PH + PW bins; bounds: the first and last bin with weights, of both axes.
-template <class A, class T, class C>
-__device__ void add_region(const Backward<T, C>& task, const T* grad, const A* weights, const int (&bounds)[4], int row,
-                           A (&sum)[kTileRows][kTile]) {
-  const int high = int(task.regions.pooled_height), wide = int(task.regions.pooled_width);
-  for (int y = bounds[0]; y <= bounds[1]; ++y) {
-    const A* rows = weights + y * kTile + row;
-    bool any = false;
-    for (int i = 0; i < kTileRows; ++i) any |= rows[i] != 0;
-    if (!any) continue;
-    for (int x = bounds[2]; x <= bounds[3]; ++x) {
-      const A g = load(grad + (y * wide + x) * task.stride_bin);
-      const A* columns = weights + (high + x) * kTile;
-#pragma unroll
-      for (int i = 0; i < kTileRows; ++i) {
-        const A weight = rows[i];
-        if (weight == 0) continue;  // an infinite gradient must not meet it
-#pragma unroll
-        for (int j = 0; j < kTile; ++j)
-          if (columns[j] != 0) sum[i][j] += g * weight * columns[j];
-      }
-    }
-  }
-}
-
-template <class T, class C>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<C>)
-    roi_align_backward_kernel(const __grid_constant__ Backward<T, C> task) {
-  using A = accumulate_t<T>;
-  __shared__ int bounds[4];
-  const RoiRegions<C>& r = task.regions;
-  A* const weights = dynamic_shared<A>();  // [PH + PW][kTile]
-  const RoiTile tile = own_tile(task.tiled, r);
-  const RoiMapLevel& map = r.level[tile.level];
-  const T* grad = task.grad + (tile.channel < r.channels ? tile.channel : 0) * task.stride_c;
-  const int t = int(threadIdx.x), high = int(r.pooled_height), bins = high + int(r.pooled_width);
-  A sum[kTileRows][kTile] = {};
-  each_region_of_tile(task.groups, tile, [&](const int32_t* regions, int n) {
-    for (int k = 0; k < n; ++k) {
-      if (t == 0) bounds[0] = bounds[2] = INT32_MAX, bounds[1] = bounds[3] = -1;
-      __syncthreads();
-      const int64_t region = regions[k];
-      for (int b = t; b < bins; b += kTileThreads) {
-        const bool vertical = b < high;
-        const int p = vertical ? b : b - high, axis = vertical ? 0 : 2;
-        RoiAxis<C> along = r.rows(region, map);
-        if (!vertical) along = r.columns(region, map);
-        const int64_t size = vertical ? map.height : map.width, origin = vertical ? tile.y : tile.x;
-        if (!tile_weights(along, p, size, origin, weights + b * kTile)) continue;
-        atomicMin(&bounds[axis], p);
-        atomicMax(&bounds[axis + 1], p);
-      }
-      __syncthreads();
-      add_region(task, grad + region * task.stride_roi, weights, bounds, tile.row, sum);
-      __syncthreads();
-    }
-  });
-  if (tile.channel < r.channels)
-    write_tile(task.tiled.maps[tile.level], map, tile, [&](int i, int j) { return sum[i][j]; });
-}
-
 // ---- shells ---------------------------------------------------------------------------------------------------------
 
 using Levels = std::vector<Tensor>;
-
-template <class T, class C>
-void backward(const Tensor& grad, const Tensor& boxes, const std::vector<double>& scales, const RoiConstants& c,
-              const Levels& maps) {
-  const Stream stream(grad);
-  const RoiRegions<C> regions = make_regions<C>(maps, boxes, scales, c);
-  const TiledMaps<T> tiled = tile_maps<T>(maps);
-  const size_t shared = size_t(c.pooled_height + c.pooled_width) * kTile * sizeof(accumulate_t<T>);
-  STD_TORCH_CHECK(shared <= 96 << 10, "output_size: ", c.pooled_height, " x ", c.pooled_width, " bins are too many");
-  with_groups(stream, grad, regions, [&](const RoiGroups& groups) {
-    const Backward<T, C> task{regions,        tiled,          groups,        data<T>(grad),
-                              grad.stride(0), grad.stride(1), grad.stride(3)};
-    stream.launch(roi_align_backward_kernel<T, C>,
-                  {tiled.first_tile[maps.size()], ceil_div(grad.size(1), kTileChannels)}, kTileThreads, shared, task);
-  });
-}
 
 struct MapSizes {
   int64_t images, channels;
@@ -124,7 +33,7 @@ Levels run_backward(const Tensor& grad_any, const Tensor& boxes_any, const std::
   dispatch_regions(grad.scalar_type(), boxes_any.scalar_type(), [&](auto feature, auto coordinate) {
     using C = decltype(coordinate);
     const Tensor boxes = as_contiguous(boxes_any, sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float);
-    backward<decltype(feature), C>(grad, boxes, scales, c, maps);
+    pool_regions_backward<decltype(feature)>(grad, make_regions<C>(maps, boxes, scales, c), maps);
   });
   return maps;
 }

@@ -1,8 +1,7 @@
 // Tensor shells of roi_align and multiscale_roi_align: one path, the first is the case of a single level.
 #include "roi_align.h"
 
-#include "roi_plan.h"
-#include "roi_tensors.h"
+#include "roi_pooling.h"
 
 namespace fastcv {
 namespace {
@@ -21,115 +20,15 @@ void check_levels(const Levels& inputs, const std::vector<double>& scales) {
                     "inputs: expected 4-D maps [N, C, H, W] of one N, C and dtype");
 }
 
-// Packing the windows of few regions touches scattered memory; packing the whole map streams.
-constexpr int64_t kWindowPenalty = 2;
-
-// Pixels that a region reads, as rows x columns, plus its taps.
-template <class W>
-int64_t window_scratch(const RoiTaps<W>& roi, const RoiGeometry& g, int64_t map_width) {
-  const int64_t y_taps = roi.begin[g.pooled_height], taps = roi.begin[g.pooled_height + g.pooled_width + 1];
-  int64_t left = map_width, right = -1;
-  for (int64_t b = y_taps; b < taps; ++b) {
-    left = std::min<int64_t>(left, roi.taps[b].index);
-    right = std::max<int64_t>(right, roi.taps[b].index);
-  }
-  return taps + y_taps * std::max<int64_t>(0, right - left + 1);
-}
-
-template <class T>
-void forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g, const Tensor& output) {
-  using A = accumulate_t<T>;
-  const RoiPlan<A> plan = plan_rois<A>(boxes, g);
-  std::vector<FeatureMap<const T>> maps;
-  bool channels_last = output.stride(1) == 1;
-  for (const Tensor& input : inputs) {
-    maps.push_back(feature_map<const T>(input));
-    channels_last &= input.stride(1) == 1;
-  }
-  const int64_t count = boxes.size(0), channels = inputs[0].size(1), bins = g.pooled_height * g.pooled_width;
-  const bool stream = output.stride(1) == bins && exceeds_caches<T>(output);
-  const RoiAlignForward<T> task{maps.data(),      plan.rois.data(),        g.pooled_height,
-                                g.pooled_width,   mutable_data<T>(output), output.stride(0),
-                                output.stride(1), output.stride(3),        stream};
-  if (channels_last) {
-    parallel_dynamic(count, 8, [&](int64_t begin, int64_t end) {
-      FASTCV_PICK(roi_align_channels_last<T>)(task, begin, end);
-    });
-    return;
-  }
-  const int64_t lanes = FASTCV_PICK(roi_align_block_channels<T>)(), blocks = (channels + lanes - 1) / lanes;
-  // Of all levels and images in one go, so that threads wait for each other once. A task is a block of channels of one
-  // level and image, or of one region where packing its window is cheaper than packing the map.
-  struct Group {
-    int64_t first, last, first_task;
-    bool windowed;
-  };
-  std::vector<Group> groups;
-  int64_t tasks = 0, most_scratch = 0;
-  for (size_t group = 0; group + 1 < plan.group.size(); ++group) {
-    const int64_t first = plan.group[group], last = plan.group[group + 1];
-    if (first == last) continue;
-    const FeatureMap<const T>& map = maps[group / g.images];
-    const int64_t pixels = map.height * map.width;
-    int64_t window_pixels = 0, largest = 0;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t window = window_scratch(plan.rois[i], g, map.width);
-      largest = std::max(largest, window);
-      window_pixels += window + 16 * (window / std::max<int64_t>(1, map.width));
-    }
-    const bool windowed = window_pixels * kWindowPenalty < pixels;
-    groups.push_back({first, last, tasks, windowed});
-    tasks += (windowed ? last - first : 1) * blocks;
-    most_scratch = std::max(most_scratch, (windowed ? largest : pixels) + 2 * bins);
-  }
-  parallel_dynamic(tasks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch = allocate_scratch<A>(most_scratch * lanes);
-    for (int64_t t = begin; t < end; ++t) {
-      size_t k = groups.size() - 1;
-      while (groups[k].first_task > t) --k;
-      const int64_t i = groups[k].first + (t - groups[k].first_task) / blocks;
-      const int64_t channel = (t - groups[k].first_task) % blocks * lanes;
-      if (groups[k].windowed)
-        FASTCV_PICK(roi_align_windowed<T>)(task, i, channel, scratch.get());
-      else
-        FASTCV_PICK(roi_align_packed<T>)(task, groups[k].first, groups[k].last, channel, scratch.get());
-    }
-  });
-}
-
 Tensor run_forward(const Levels& inputs, const Tensor& boxes, const RoiGeometry& g) {
   Tensor output = empty_cpu({boxes.size(0), inputs[0].size(1), g.pooled_height, g.pooled_width},
                             inputs[0].scalar_type(), memory_format(inputs[0]));
   if (boxes.size(0) == 0) return output;
-  dispatch_floating(inputs[0].scalar_type(), "input",
-                    [&](auto zero) { forward<decltype(zero)>(inputs, boxes, g, output); });
-  return output;
-}
-
-template <class T>
-void backward(const Tensor& grad, const Tensor& boxes, const RoiGeometry& g, const Levels& grad_inputs) {
-  using A = accumulate_t<T>;
-  const RoiPlan<A> plan = plan_rois<A>(boxes, g);
-  std::vector<FeatureMap<T>> maps;
-  int64_t most_pixels = 0;
-  for (const Tensor& grad_input : grad_inputs) {
-    maps.push_back(feature_map<T>(grad_input));
-    most_pixels = std::max(most_pixels, maps.back().height * maps.back().width);
-  }
-  const RoiAlignBackward<T> task{maps.data(),    plan.rois.data(), g.pooled_height, g.pooled_width,
-                                 data<T>(grad), grad.stride(0),   grad.stride(1),  grad.stride(3)};
-  const int64_t bins = g.pooled_height * g.pooled_width, channels = grad.size(1);
-  const int64_t lanes = FASTCV_PICK(roi_align_block_channels<T>)(), blocks = (channels + lanes - 1) / lanes;
-  const int64_t groups = int64_t(plan.group.size()) - 1;
-  // A task owns a block of channels of one image on one level, and adds its regions in order: no two threads meet.
-  parallel_dynamic(groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch = allocate_scratch<A>((most_pixels + bins) * lanes);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t group = t / blocks, channel = t % blocks * lanes;
-      FASTCV_PICK(roi_align_backward_packed<T>)(task, group / g.images, group % g.images, plan.group[group],
-                                                plan.group[group + 1], channel, scratch.get());
-    }
+  dispatch_floating(inputs[0].scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    pool_regions<T>(inputs, plan_rois<accumulate_t<T>>(boxes, g), g, output);
   });
+  return output;
 }
 
 Levels run_backward(const Tensor& grad_any, const Tensor& boxes, const RoiGeometry& g, int64_t channels) {
@@ -139,8 +38,10 @@ Levels run_backward(const Tensor& grad_any, const Tensor& boxes, const RoiGeomet
   Levels grad_inputs;
   for (const RoiLevel& level : g.levels)
     grad_inputs.push_back(empty_cpu({g.images, channels, level.height, level.width}, grad.scalar_type(), format));
-  dispatch_floating(grad.scalar_type(), "grad",
-                    [&](auto zero) { backward<decltype(zero)>(grad, boxes, g, grad_inputs); });
+  dispatch_floating(grad.scalar_type(), "grad", [&](auto zero) {
+    using T = decltype(zero);
+    pool_regions_backward<T>(grad, plan_rois<accumulate_t<T>>(boxes, g), g, grad_inputs);
+  });
   return grad_inputs;
 }
 

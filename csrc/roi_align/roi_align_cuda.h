@@ -20,6 +20,8 @@ struct RoiMapLevel {
 template <class C>
 struct RoiRegions {
   using Coordinate = C;
+  using Axis = RoiAxis<C>;
+  static constexpr int kForwardBlocks = 2;  // on a multiprocessor, for which there are registers enough
   const C* boxes;  // [K, 5]
   int64_t count, images, channels, pooled_height, pooled_width, sampling_ratio;
   double offset;            // subtracted from scaled coordinates: half a pixel where aligned

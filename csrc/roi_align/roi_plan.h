@@ -67,7 +67,7 @@ RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g, c
   radix_sort(order);
 
   const auto axis = [&](const C* roi, int from, double scale, int64_t bins) {
-    return make_axis(roi[from], roi[from + 2], C(scale), bins);
+    return make_axis(roi[from], roi[from + 2], C(scale), bins, from == 2);
   };
   std::vector<int64_t> start(count + 1, 0);
   for (int64_t i = 0; i < count; ++i) {
@@ -106,7 +106,7 @@ RoiPlan<W> plan_rois_typed(const C* rois, int64_t count, const RoiGeometry& g, c
 }
 
 // Coordinates are double where the regions or the features are, float otherwise: half types are too coarse for pixels.
-// make_axis(low, high, scale, bins) gives one axis of a region, of which append_taps() makes taps.
+// make_axis(low, high, scale, bins, is_vertical) gives one axis of a region, of which append_taps() makes taps.
 template <class W, class MakeAxis>
 RoiPlan<W> plan_rois(const Tensor& boxes, const RoiGeometry& g, const MakeAxis& make_axis) {
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, "boxes: expected shape [K, 5]");
@@ -122,7 +122,7 @@ RoiPlan<W> plan_rois(const Tensor& boxes, const RoiGeometry& g, const MakeAxis& 
 }
 template <class W>
 RoiPlan<W> plan_rois(const Tensor& boxes, const RoiGeometry& g) {
-  return plan_rois<W>(boxes, g, [&]<class C>(C low, C high, C scale, int64_t bins) {
+  return plan_rois<W>(boxes, g, [&]<class C>(C low, C high, C scale, int64_t bins, bool) {
     return RoiAxis<C>(low, high, scale, C(g.offset), g.at_least_one_pixel, bins, g.sampling_ratio);
   });
 }

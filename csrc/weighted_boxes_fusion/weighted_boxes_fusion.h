@@ -29,7 +29,8 @@ struct Cluster {
     const double mean = score_sum / double(boxes);
     switch (e.confidence) {
       case Confidence::max: return best_score / e.largest;
-      case Confidence::box_and_model_avg: return score_sum / weight_sum * models_weight / e.total;
+      case Confidence::box_and_model_avg:
+        return weight_sum > 0 ? score_sum / weight_sum * models_weight / e.total : 0;
       case Confidence::absent_model_aware_avg: return score_sum / (weight_sum + (e.total - models_weight));
       default: return mean * double(e.allows_overflow || boxes < e.models ? boxes : e.models) / e.total;
     }

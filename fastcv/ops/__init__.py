@@ -34,8 +34,10 @@ from .max_pool2d import PooledIndices, max_pool2d
 from .max_unpool2d import max_unpool2d
 from .multiscale_roi_align import MultiScaleRoIAlign, multiscale_roi_align
 from .nms import PaddedDetections, batched_nms, nms, nms_padded
+from .nms_rotated import nms_rotated
 from .null import null as null  # a template, not one of torchvision's names: not in __all__
 from .paste_masks_in_image import paste_masks_in_image
+from .prroi_pool import PrRoIPool, prroi_pool
 from .ps_roi_align import PSRoIAlign, ps_roi_align
 from .ps_roi_pool import PSRoIPool, ps_roi_pool
 from .regularization import (
@@ -67,6 +69,7 @@ __all__ = [
     "PaddedDetections",
     "Permute",
     "PooledIndices",
+    "PrRoIPool",
     "RoIAlign",
     "RoIPool",
     "SqueezeExcitation",
@@ -102,7 +105,9 @@ __all__ = [
     "multiscale_roi_align",
     "nms",
     "nms_padded",
+    "nms_rotated",
     "paste_masks_in_image",
+    "prroi_pool",
     "ps_roi_align",
     "ps_roi_pool",
     "remove_small_boxes",

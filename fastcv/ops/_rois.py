@@ -99,12 +99,16 @@ def front(value: Tensor, dim: int | None, size: int) -> Tensor:
 # pooled_height and pooled_width, and shape is that of the input. Each is the other's derivative.
 
 
-def register_linear_pooling(name: str, channels: Callable[[Tensor, int, int], int]) -> None:
+def register_linear_pooling(
+    name: str, channels: Callable[[Tensor, int, int], int], has_box_parts: bool = False
+) -> None:
     """Fake kernels, derivatives in both modes and vmap rules of ``fastcv::NAME`` and ``fastcv::NAME_backward``.
 
     Args:
         name: of the operator.
         channels: ``(input, pooled_height, pooled_width)`` -> channels of the output.
+        has_box_parts: the last argument is a number of what is computed, 0 for the operator itself and 1 to 4 for its
+            derivative by the coordinates of the boxes, which then have derivatives too.
     """
     forward, backward = getattr(torch.ops.fastcv, name), getattr(torch.ops.fastcv, f"{name}_backward")
 
@@ -118,21 +122,41 @@ def register_linear_pooling(name: str, channels: Callable[[Tensor, int, int], in
 
     def save(ctx, inputs, output):
         ctx.shape = inputs[0].shape
-        _, boxes, *ctx.constants = inputs
-        ctx.save_for_backward(boxes)
-        ctx.save_for_forward(boxes)
+        values, boxes, *ctx.constants = inputs
+        saved = (boxes, values) if has_box_parts else (boxes,)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    def gradient_of_boxes(ctx, input, grad):
+        """Of the sum of NAME(input) * grad."""
+        if not has_box_parts or not ctx.needs_input_grad[1]:
+            return None
+        boxes, bins = ctx.saved_tensors[0], ctx.constants[:3]
+        _only_first(name, ctx.constants[-1])
+        wide = torch.promote_types(torch.float32, grad.dtype)
+        parts = [(grad.to(wide) * forward(input, boxes, *bins, part)).sum((1, 2, 3)) for part in (1, 2, 3, 4)]
+        return torch.stack([torch.zeros_like(parts[0]), *parts], 1).to(boxes.dtype)
 
     def gradient_of_forward(ctx, grad):
+        boxes, *values = ctx.saved_tensors
         bins, rest = ctx.constants[:3], ctx.constants[3:]
-        return backward(grad, *ctx.saved_tensors, *bins, *ctx.shape, *rest), None, *[None] * len(ctx.constants)
+        of_input = backward(grad, boxes, *bins, *ctx.shape, *rest) if ctx.needs_input_grad[0] else None
+        return of_input, gradient_of_boxes(ctx, *values or [None], grad), *[None] * len(ctx.constants)
 
     def gradient_of_backward(ctx, grad):
+        boxes, *values = ctx.saved_tensors
         bins, rest = ctx.constants[:3], ctx.constants[7:]
-        return forward(grad, *ctx.saved_tensors, *bins, *rest), None, *[None] * len(ctx.constants)
+        of_grad = forward(grad, boxes, *bins, *rest) if ctx.needs_input_grad[0] else None
+        return of_grad, gradient_of_boxes(ctx, grad, *values or [None]), *[None] * len(ctx.constants)
 
     def tangent_of(operator):
-        def jvp(ctx, tangent, *_):
-            return None if tangent is None else operator(tangent, *ctx.saved_tensors, *ctx.constants)
+        def jvp(ctx, tangent, boxes_tangent, *_):
+            boxes, *values = ctx.saved_tensors
+            result = None if tangent is None else operator(tangent, boxes, *ctx.constants)
+            if not has_box_parts or boxes_tangent is None:
+                return result
+            _only_first(name, ctx.constants[-1])
+            return _tangent_of_boxes(operator, *values, boxes, boxes_tangent, ctx.constants[:-1], result)
 
         return jvp
 
@@ -157,3 +181,22 @@ def register_linear_pooling(name: str, channels: Callable[[Tensor, int, int], in
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
         register_autograd(operator.__name__, setup_context=save, backward=gradient, jvp=tangent_of(operator))
+
+
+def _only_first(name: str, part: int) -> None:
+    if part:
+        raise RuntimeError(f"{name}: second derivatives with respect to boxes are not implemented; detach the boxes")
+
+
+def _tangent_of_boxes(operator, values: Tensor, boxes: Tensor, tangent: Tensor, constants, result: Tensor | None):
+    """``result`` plus what a change of the boxes adds."""
+    is_backward = len(constants) > 3  # whose values are gradients of regions, and whose result is summed over regions
+    for part in (1, 2, 3, 4):
+        rate = tangent[:, part, None, None, None].to(values.dtype)
+        added = (
+            operator(values * rate, boxes, *constants, part)
+            if is_backward
+            else operator(values, boxes, *constants, part) * rate
+        )
+        result = added if result is None else result + added
+    return result

@@ -7,9 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference.box_iou_rotated import box_iou_rotated
+from .. import reference
+from .._library import LIBRARY, define
+from ._autograd import needs_derivatives
 from ._box_convert import AXIS_ALIGNED_COLUMNS, ROTATED_COLUMNS
 from .boxes import box_convert, check_boxes
+
+define(
+    "box_iou_rotated(Tensor boxes1, Tensor boxes2, bool wide) -> Tensor",
+    reference.box_iou_rotated.in_float,
+)
 
 __all__ = ["box_iou", "complete_box_iou", "distance_box_iou", "generalized_box_iou"]
 
@@ -229,4 +236,13 @@ def _rotated(boxes1: Tensor, boxes2: Tensor, fmt: str) -> Tensor:
     compute = torch.float32 if boxes1.device.type == "mps" else torch.float64
     wide1 = box_convert(boxes1.to(compute), fmt, "cxcywhr")
     wide2 = box_convert(boxes2.to(compute), fmt, "cxcywhr")
-    return box_iou_rotated(wide1, wide2, common_type(boxes1, boxes2))
+    dtype = common_type(boxes1, boxes2)
+    plain = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    if compute is torch.float64 and plain and not needs_derivatives(wide1, wide2):
+        return torch.ops.fastcv.box_iou_rotated(wide1, wide2, dtype is torch.float64)
+    return reference.box_iou_rotated.box_iou_rotated(wide1, wide2, dtype)
+
+
+@torch.library.register_fake("fastcv::box_iou_rotated", lib=LIBRARY)
+def _(boxes1, boxes2, wide):
+    return boxes1.new_empty((boxes1.shape[0], boxes2.shape[0]), dtype=torch.float64 if wide else torch.float32)

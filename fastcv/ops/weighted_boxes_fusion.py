@@ -67,7 +67,7 @@ def weighted_boxes_fusion(
             * ``"avg"``: their mean weighted score, times ``min(M, n) / sum(weights)``;
             * ``"max"``: the greatest weighted score, over the greatest weight;
             * ``"box_and_model_avg"``: the sum of weighted scores over the sum of their weights,
-              times the weight of the models that are present over that of all;
+              times the weight of the models that are present over that of all; 0 where they have none;
             * ``"absent_model_aware_avg"``: the sum of weighted scores over the sum of their weights
               and of the weights of the models that are absent.
         allows_overflow: with ``"avg"``: ``n`` in place of ``min(M, n)``, which may give scores

@@ -21,6 +21,12 @@ from torch import Tensor
 _PAIRS_CPU, _PAIRS = 1 << 16, 1 << 18
 
 
+def in_float(boxes1: Tensor, boxes2: Tensor, wide: bool) -> Tensor:
+    """The operator: float64 or float32, without derivatives."""
+    with torch.no_grad():
+        return box_iou_rotated(boxes1, boxes2, torch.float64 if wide else torch.float32)
+
+
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, dtype: torch.dtype) -> Tensor:
     """``[N, 5]`` and ``[M, 5]`` in cxcywhr (degrees) give ``[N, M]`` of type ``dtype``."""
     n, m = boxes1.shape[0], boxes2.shape[0]
@@ -53,7 +59,8 @@ def _radius(boxes: Tensor) -> Tensor:
 def _iou_of_pairs(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of boxes ``[..., 5]`` which broadcast against each other."""
     area1, area2 = boxes1[..., 2] * boxes1[..., 3], boxes2[..., 2] * boxes2[..., 3]
-    overlap = _intersection(boxes1, boxes2).clamp(min=0)
+    overlap = _intersection(boxes1, boxes2)
+    overlap = torch.where(overlap <= area1 * 1e-14, 0, overlap)  # of boxes apart it is what rounding leaves
     overlap = torch.minimum(overlap, torch.minimum(area1, area2))
     union = area1 + area2 - overlap
     # An infinite box covers any other infinitely little.

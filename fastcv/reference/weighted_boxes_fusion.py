@@ -15,7 +15,8 @@ def _score(scores: Tensor, models: Tensor, weights: Tensor, conf_type: str, allo
     if conf_type == "max":
         return scores.max() / weights.max()
     if conf_type == "box_and_model_avg":
-        return scores.sum() / weights[models].sum() * present / weights.sum()
+        total = weights[models].sum()
+        return scores.sum() / total * present / weights.sum() if total > 0 else total
     if conf_type == "absent_model_aware_avg":
         return scores.sum() / (weights[models].sum() + weights.sum() - present)
     count = scores.numel() if allows_overflow else min(scores.numel(), weights.numel())

@@ -219,14 +219,14 @@ def test_derivatives():
 def test_chunks(monkeypatch):
     generator = torch.Generator().manual_seed(8)
     boxes1, boxes2 = random_rotated(generator, 23), random_rotated(generator, 11)
-    expected = box_iou(boxes1, boxes2, "cxcywhr")
+    expected = rotated_reference.box_iou_rotated(boxes1, boxes2, torch.float64)
     counts = []
     rows = rotated_reference._iou_of_rows
     monkeypatch.setattr(rotated_reference, "_iou_of_rows", lambda a, b: counts.append(len(a)) or rows(a, b))
     for pairs, chunks in ((1, [1] * 23), (22, [2] * 11 + [1]), (10**9, [23])):
         counts.clear()
         monkeypatch.setattr(rotated_reference, "_PAIRS_CPU", pairs)
-        torch.testing.assert_close(box_iou(boxes1, boxes2, "cxcywhr"), expected, atol=0, rtol=0)
+        assert torch.equal(rotated_reference.box_iou_rotated(boxes1, boxes2, torch.float64), expected)
         assert counts == chunks
 
 
@@ -284,3 +284,26 @@ def test_errors():
         box_iou(torch.zeros(2, 8), torch.zeros(1, 2, 8), "xyxyxyxy")
     with pytest.raises(TypeError, match=r"boxes2.*Tensor.*NoneType"):
         box_iou(torch.zeros(2, 5), None, "xywhr")
+
+
+def test_kernel_and_specification_are_one():
+    """What needs derivatives takes the specification."""
+    generator = torch.Generator().manual_seed(9)
+    boxes1, boxes2 = random_rotated(generator, 37), random_rotated(generator, 70)
+    boxes1[3, 0] = math.nan
+    boxes2[5, 2], boxes2[6, 3] = math.inf, 0
+    boxes1[1] = boxes2[1]
+    for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-7), (torch.float16, 1e-7)):
+        a, b = boxes1.to(dtype), boxes2.to(dtype)
+        kernel = box_iou(a, b, "cxcywhr")
+        specification = box_iou(a.clone().requires_grad_(), b, "cxcywhr")
+        assert kernel.dtype == specification.dtype and specification.requires_grad and not kernel.requires_grad
+        torch.testing.assert_close(kernel, specification.detach(), atol=atol, rtol=0, equal_nan=True)
+    assert box_iou(boxes1[:0], boxes2, "cxcywhr").shape == (0, 70)
+    assert box_iou(boxes1, boxes2[:0], "cxcywhr").shape == (37, 0)
+    # Boxes that do not meet overlap nothing at all.
+    apart = torch.tensor([[0.0, 0, 8, 2, 30]], dtype=torch.float64)
+    for angle in range(0, 180, 7):
+        other = torch.tensor([[7.0, -5, 6, 3, float(angle)]], dtype=torch.float64)
+        if not iou_by_clipping(apart[0], other[0]) > 1e-12:
+            assert box_iou(apart, other, "cxcywhr").item() == box_iou(other, apart, "cxcywhr").item() == 0

@@ -181,8 +181,11 @@ def test_scores_of_zero_keep_the_first_box():
     assert boxes.tolist() == [C, A, A]
     assert scores.tolist() == [0, 0, 0]
     # A model of weight 0 takes part with scores of 0.
+    for conf_type in ("avg", "max", "box_and_model_avg", "absent_model_aware_avg"):
+        boxes, scores, labels = weighted_boxes_fusion(BOXES, SCORES, LABELS, [1, 0], conf_type=conf_type)
+        assert boxes.tolist() == [A, C, A]
+        assert scores.isfinite().all() and scores[2] == 0
     boxes, scores, labels = weighted_boxes_fusion(BOXES, SCORES, LABELS, [1, 0])
-    assert boxes.tolist() == [A, C, A]
     assert scores.tolist() == pytest.approx([0.9, 0.4, 0.0])
     assert labels.tolist() == [1, 1, 2]
 
