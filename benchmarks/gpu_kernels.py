@@ -52,7 +52,7 @@ def _readable(mangled: dict) -> dict[str, dict]:
     names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     readable = {}
     for name, usage in zip(names.splitlines(), mangled.values(), strict=True):
-        found = re.search(r"::(\w+_kernel)(<[^(]*>)?\(", name)
+        found = re.search(r"::(\w+_kernel)(<[^(]*>)?\(", name.replace("(anonymous namespace)::", ""))
         readable[f"{found[1]}{(found[2] or '').replace('fastcv::', '')}"] = usage
     return dict(sorted(readable.items()))
 
