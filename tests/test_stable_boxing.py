@@ -22,6 +22,7 @@ SCORES = torch.tensor([0.9, 0.8, 0.7, 0.35])
 CLASSES = torch.tensor([0, 0, 1, 0])
 FEATURE = torch.randn(5, 24, 11, 13)
 ROIS = torch.tensor([[0, 1.0, 2, 15, 19], [1, 3, 0, 21, 17], [1, 5, 6, 9, 12]])
+TURNED = torch.tensor([[0, 9.0, 12, 15, 9, 20], [1, 14, 6, 9, 12, -70], [1, 5, 6, 9, 12, 200]])
 BINS = (0.5, 2, 3)  # spatial_scale, pooled_height, pooled_width
 SHAPE = (5, 24, 11, 13)
 GRAD = torch.randn(3, 24, 2, 3)
@@ -111,6 +112,11 @@ CALLS = {
     "roi_pool_backward": [(GRAD, ROIS, ARGMAX, *BINS, *SHAPE)],
     "prroi_pool": [(FEATURE, ROIS, *BINS, 0), (FEATURE, ROIS, *BINS, 4)],
     "prroi_pool_backward": [(GRAD, ROIS, *BINS, *SHAPE, 0), (GRAD, ROIS, *BINS, *SHAPE, 1)],
+    "roi_align_rotated": [(FEATURE, TURNED, *BINS, 4, True, False), (FEATURE, TURNED, *BINS, -1, False, True)],
+    "roi_align_rotated_backward": [
+        (GRAD, TURNED, *BINS, *SHAPE, 4, True, False),
+        (GRAD, TURNED, *BINS, *SHAPE, 0, False, True),
+    ],
     "ps_roi_align": [(FEATURE, ROIS, *BINS, 4), (FEATURE, ROIS, *BINS, -1)],
     "ps_roi_align_backward": [(GRAD[:, :4], ROIS, *BINS, *SHAPE, 4), (GRAD[:, :4], ROIS, *BINS, *SHAPE, -1)],
     "ps_roi_pool": [(FEATURE, ROIS, *BINS)],

@@ -49,6 +49,7 @@ from .regularization import (
     stochastic_depth,
 )
 from .roi_align import RoIAlign, roi_align
+from .roi_align_rotated import RoIAlignRotated, roi_align_rotated
 from .roi_pool import RoIPool, roi_pool
 from .soft_nms import soft_nms
 from .upsample_conv2d import upsample_conv2d
@@ -71,6 +72,7 @@ __all__ = [
     "PooledIndices",
     "PrRoIPool",
     "RoIAlign",
+    "RoIAlignRotated",
     "RoIPool",
     "SqueezeExcitation",
     "StochasticDepth",
@@ -112,6 +114,7 @@ __all__ = [
     "ps_roi_pool",
     "remove_small_boxes",
     "roi_align",
+    "roi_align_rotated",
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",

@@ -14,22 +14,24 @@ from ._checks import check_floating, check_same_device, check_shape, check_tenso
 Boxes = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
-def as_rois(boxes: Boxes, images: int) -> Tensor:
-    """``boxes`` as ``[K, 5]``: a tensor as it is, a list of one ``[L, 4]`` per image with its batch index in front."""
+def as_rois(boxes: Boxes, images: int, columns: int = 4) -> Tensor:
+    """``boxes`` as ``[K, 5]``: a tensor as it is, a list of one ``[L, 4]`` per image with its batch index in front.
+    ``columns``: 5 for rotated ones."""
     if isinstance(boxes, Tensor):
         check_floating("boxes", boxes)
-        check_shape("boxes", boxes, ("K", 5))
+        check_shape("boxes", boxes, ("K", 1 + columns))
         return boxes
     if not isinstance(boxes, (list, tuple)):
-        raise TypeError(f"boxes: expected a Tensor [K, 5] or a list of Tensors [L, 4], got {type(boxes).__name__}")
+        expected = f"a Tensor [K, {1 + columns}] or a list of Tensors [L, {columns}]"
+        raise TypeError(f"boxes: expected {expected}, got {type(boxes).__name__}")
     if len(boxes) != images:
         raise ValueError(f"boxes: expected a list of {images} tensors, one per image, got {len(boxes)}")
     for i, b in enumerate(boxes):
         check_floating(f"boxes[{i}]", b)
-        check_shape(f"boxes[{i}]", b, ("L", 4))
+        check_shape(f"boxes[{i}]", b, ("L", columns))
         check_same_device(f"boxes[{i}]", b, "boxes[0]", boxes[0])
     if not boxes:
-        return torch.zeros(0, 5)
+        return torch.zeros(0, 1 + columns)
     rows = torch.cat(tuple(boxes))
     # Half types cannot hold large batch indices.
     rows = rows if rows.dtype == torch.float64 else rows.float()

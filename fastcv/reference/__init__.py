@@ -21,6 +21,7 @@ from . import prroi_pool as prroi_pool
 from . import ps_roi_align as ps_roi_align
 from . import ps_roi_pool as ps_roi_pool
 from . import roi_align as roi_align
+from . import roi_align_rotated as roi_align_rotated
 from . import roi_pool as roi_pool
 from . import soft_nms as soft_nms
 from . import weighted_boxes_fusion as weighted_boxes_fusion
