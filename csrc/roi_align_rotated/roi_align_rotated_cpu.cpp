@@ -77,7 +77,8 @@ constexpr int64_t kChannels = 64;  // of a task
 // grad: [K, PH, PW, C], map: [N, H, W, C].
 template <class A, class R>
 void backward(const A* grad, int64_t count, const R& regions, A* map, int64_t images, int64_t channels) {
-  const int64_t blocks = (channels + kChannels - 1) / kChannels, bins = regions.c.pooled_height * regions.c.pooled_width;
+  const int64_t blocks = (channels + kChannels - 1) / kChannels;
+  const int64_t bins = regions.c.pooled_height * regions.c.pooled_width;
   const int64_t pixels = regions.height * regions.width;
   std::vector<std::vector<int64_t>> of_image(static_cast<size_t>(images));
   for (int64_t k = 0; k < count; ++k) of_image[size_t(roi_image(double(*regions.row(k)), k, images))].push_back(k);

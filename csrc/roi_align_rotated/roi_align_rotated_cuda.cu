@@ -1,12 +1,12 @@
 // RoIAlign of rotated regions on the device.
 //
-// A block of threads has a region and up to 256 channels. The taps of some samples are made by a thread each, in shared
-// memory; then threads share out their bins and channels, 16 bytes of channels at a time on channels-last maps. A bin of
-// more samples than there is room for is summed in pieces.
+// A block of threads has a region and up to 256 channels. The taps of some samples are made by a thread each, in
+// shared memory; then threads share out their bins and channels, 16 bytes of channels at a time on channels-last maps.
+// A bin of more samples than there is room for is summed in pieces.
 //
 // Floor for 1000 regions of 256 channels, 7 x 7 bins, sampling ratio 2, on 200 x 272 pixels in float32: the map once,
-// 56 MB, and 50 MB of output, 25 us at 4.3 TB/s; 16 taps a bin are 0.2 G multiply-adds, 7 us; their 0.8 GB come from the
-// first-level caches, 30 us at 128 bytes a clock.
+// 56 MB, and 50 MB of output, 25 us at 4.3 TB/s; 16 taps a bin are 0.2 G multiply-adds, 7 us; their 0.8 GB come from
+// the first-level caches, 30 us at 128 bytes a clock.
 //
 // A region whose batch index is no image gives NaN: to raise, as the CPU does, would wait for the device.
 #include "roi_align_rotated_cuda.h"

@@ -16,7 +16,8 @@ struct RotatedReach {
   __device__ void extent(int64_t, int64_t size, int32_t* first, int32_t* last) const {
     const C low = centre - half - 2, high = centre + half + 2, edge = C(size - 1);
     *first = 0, *last = -1;
-    if (exists && low <= edge && high >= 0) *first = int32_t(low > 0 ? low : 0), *last = int32_t(high < edge ? high : edge);
+    if (!(exists && low <= edge && high >= 0)) return;
+    *first = int32_t(low > 0 ? low : 0), *last = int32_t(high < edge ? high : edge);
   }
 };
 
