@@ -9,9 +9,7 @@
 // V: double, or a vector of them, of which each lane is a pair.
 #pragma once
 
-#include <cmath>
-
-#include "../common/types.h"
+#include "../common/angles.h"
 
 namespace fastcv {
 
@@ -26,12 +24,7 @@ FASTCV_HOST_DEVICE inline RotatedBox<double> rotated_box(const double* p) {
   const double area = p[2] * p[3];
   const bool nothing = area <= 0 || area > 1.7976931348623157e308;
   RotatedBox<double> box{p[0], p[1], nothing ? 0 : std::fabs(p[2]) / 2, nothing ? 0 : std::fabs(p[3]) / 2, 0, 0};
-#if defined(__CUDA_ARCH__)  // of angles in radians the reduction needs a stack
-  sincospi(p[4] / 180, &box.sin, &box.cos);
-#else
-  const double turn = p[4] * (3.14159265358979323846 / 180);
-  box.cos = std::cos(turn), box.sin = std::sin(turn);
-#endif
+  sin_cos_of_degrees(p[4], &box.sin, &box.cos);
   return box;
 }
 

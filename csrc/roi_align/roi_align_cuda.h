@@ -55,6 +55,14 @@ struct alignas(V * sizeof(T)) Vector {
   T lane[V];
 };
 
+template <int V, class T, class A>
+__device__ void write_bin(const A (&sum)[V], T* to) {
+  Vector<T, V> v;
+#pragma unroll
+  for (int k = 0; k < V; ++k) store(&v.lane[k], sum[k]);
+  *reinterpret_cast<Vector<T, V>*>(to) = v;
+}
+
 struct RoiConstants {
   int64_t pooled_height, pooled_width, sampling_ratio;
   bool aligned;

@@ -37,14 +37,6 @@ __device__ void add_taps(const T* map, const RoiMapLevel& m, const Tap<A>* y, in
     }
 }
 
-template <int V, class T, class A>
-__device__ void write_bin(const A (&sum)[V], T* to) {
-  Vector<T, V> v;
-#pragma unroll
-  for (int k = 0; k < V; ++k) store(&v.lane[k], sum[k]);
-  *reinterpret_cast<Vector<T, V>*>(to) = v;
-}
-
 // Up to kSamples samples from `first` on; returns how many taps they have.
 template <class Axis, class A>
 __device__ int append_piece(const Axis& axis, int64_t p, int64_t size, int64_t first, int64_t last,

@@ -5,11 +5,10 @@
 // A turned grid is no product of a vertical and a horizontal one, so that every sample has four taps of its own.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
+#include "../common/angles.h"
 #include "../common/cpu_isa.h"
-#include "../common/types.h"
 
 namespace fastcv {
 
@@ -34,12 +33,7 @@ struct RotatedRegion {
     C width = box[2] * scale, height = box[3] * scale;
     if (!aligned && width < 1) width = 1;
     if (!aligned && height < 1) height = 1;
-    const C turns = box[4] / 180;
-#if defined(__CUDA_ARCH__)  // of angles in radians the reduction needs a stack
-    sincospi(turns, &sin, &cos);
-#else
-    cos = std::cos(turns * C(3.14159265358979323846)), sin = std::sin(turns * C(3.14159265358979323846));
-#endif
+    sin_cos_of_degrees(box[4], &sin, &cos);
     if (clockwise) sin = -sin;
     top = -height / 2, left = -width / 2;
     bin_h = height / C(pooled_height), bin_w = width / C(pooled_width);

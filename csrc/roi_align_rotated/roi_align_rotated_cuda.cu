@@ -43,14 +43,6 @@ __device__ void add_samples(const T* features, const RoiMapLevel& m, const Bilin
   }
 }
 
-template <int V, class T, class A>
-__device__ void write_bin(const A (&sum)[V], T* to) {
-  Vector<T, V> v;
-#pragma unroll
-  for (int k = 0; k < V; ++k) store(&v.lane[k], sum[k]);
-  *reinterpret_cast<Vector<T, V>*>(to) = v;
-}
-
 template <class T, class R, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     roi_align_rotated_forward_kernel(const __grid_constant__ Forward<T, R> task) {
