@@ -62,6 +62,7 @@ test-gpu: $(GPU_BUILD)/.built
 
 bench-gpu: $(GPU_BUILD)/.built
 	FASTCV_TRITON=all $(GPU_PYTHON) -m benchmarks --device cuda
+	FASTCV_TRITON=plan FASTCV_CACHE=build/plan $(GPU_PYTHON) -m benchmarks --device cuda
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks import harness, report
+from fastcv._library import TRITON_WANTED, implementation
+from fastcv._plan import known_choices
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,10 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.device == "cuda" and os.environ.get("FASTCV_TRITON") != "all":
-        print("set FASTCV_TRITON=all: without it torch's kernels would be timed against themselves", file=sys.stderr)
+    by_plan = options.device == "cuda" and TRITON_WANTED == "plan"
+    if options.device == "cuda" and TRITON_WANTED not in ("all", "plan"):
+        print("set FASTCV_TRITON=all, or plan: else torch's kernels would be timed against themselves", file=sys.stderr)
         return 1
     cases = find_cases(options.only, options.device)
+    if by_plan:  # all else is the same with "all"
+        cases = [case for case in cases if implementation(case.operator, "cuda") == "plan"]
     if not cases:
         print(f"no operator's name contains {options.only!r}", file=sys.stderr)
         return 1
@@ -60,10 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     if folder is None and not (options.only or options.quick):
         folder = HERE / "results"
     if folder is not None:
-        name = {"cpu": "cpu", "cuda": "gpu"}[options.device]
+        name = "gpu_plan" if by_plan else {"cpu": "cpu", "cuda": "gpu"}[options.device]
         report.save_json(folder / f"{name}.json", results, environment)
         report.save_table(folder / f"{name}.md", results, environment)
         report.save_chart(folder / f"{name}.png", results, environment)
+        if by_plan:
+            report.save_choices(folder / f"{name}_choices.md", known_choices(), environment)
         print(f"written: {folder}/{name}.json, {name}.md, {name}.png")
     slower = [result for result in results if result.ratio < 1]
     print(f"{len(results)} cases, fastcv is slower in {len(slower)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.harness import Result, Times
 from fastcv._files import replacing
+from fastcv._plan import Choice
 
 WHERE, MAKE = {"cpu": "the CPU", "cuda": "the GPU"}, {"cpu": "bench", "cuda": "bench-gpu"}
 
@@ -65,6 +66,27 @@ def save_table(path: Path, results: list[Result], environment: dict) -> None:
             ratio = times.median / ours.median
             mark = f"**{format_ratio(ratio)}**" if ratio >= 1 else f"{format_ratio(ratio)}, slower"
             lines.append(f"| {result.shape} | {_spread(ours)} | {name} | {_spread(times)} | {mark} |")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def save_choices(path: Path, choices: dict[str, Choice], environment: dict) -> None:
+    """Whose kernel serves which calls, as :mod:`fastcv._plan` measured it."""
+    ours = sum(choice.ours for choice in choices.values())
+    lines = [
+        "# Whose kernel serves",
+        "",
+        *title(environment).split("\n"),
+        "",
+        f"`FASTCV_TRITON=plan`: of {len(choices)} kinds of calls {ours} by Triton's kernel, the others by torch's.",
+        "",
+        "| call | serves | Triton | torch |",
+        "|---|---|---|---|",
+    ]
+    for call, choice in sorted(choices.items()):
+        triton = format_seconds(choice.triton) if choice.triton else "refused"
+        serves = "Triton" if choice.ours else "torch"
+        lines.append(f"| `{call}` | {serves} | {triton} | {format_seconds(choice.torch)} |")
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 

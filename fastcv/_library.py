@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from ._plan import planned
+
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = torch.library.Library("fastcv", "DEF")
 OPERATORS: dict[str, Callable | None] = {}
@@ -30,7 +32,12 @@ PATCHED: dict[str, dict[str, list[str]]] = {}
 """Package -> what of it is re-pointed; kept by ``fastcv.interop``."""
 
 _load_errors: dict[str, str] = {}
-_from_triton: set[str] = set()
+_from_triton: dict[str, str] = {}
+"""Name of each operator that Triton serves on CUDA devices -> what :func:`implementation` says of it."""
+
+TRITON_WANTED = os.environ.get("FASTCV_TRITON", "")
+if TRITON_WANTED not in ("", "all", "plan"):
+    warnings.warn(f'FASTCV_TRITON: expected "all", "plan" or nothing, got {TRITON_WANTED!r}', RuntimeWarning, 2)
 
 
 def mend_command() -> str:
@@ -79,13 +86,21 @@ def _warn_reference(name: str, device: str) -> None:
     )
 
 
-def define(schema: str, reference: Callable | None, *, triton: bool = False, torch_has_kernel: bool = False) -> str:
+def define(
+    schema: str,
+    reference: Callable | None,
+    *,
+    triton: bool = False,
+    torch_has_kernel: bool = False,
+    timed: bool = True,
+) -> str:
     """Define ``fastcv::<schema>`` with its reference implementation; returns the operator's name.
 
     The reference is registered for every device and used wherever no kernel is. ``triton``: the module of
     :mod:`fastcv.triton_kernels` with the reference's name has a kernel for CUDA devices, used where no compiled one is.
     ``torch_has_kernel``: on those the reference is a kernel of torch's (cuDNN's, say) and not slow. Then Triton's is
-    used where ``FASTCV_TRITON=all`` asks for it, until a measurement on such a device says that it is faster.
+    used where ``FASTCV_TRITON=all`` asks for it, or with ``FASTCV_TRITON=plan`` where it was measured to be faster
+    (:mod:`fastcv._plan`), but for an operator that is not ``timed`` as it only serves another's kernel.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -102,10 +117,11 @@ def define(schema: str, reference: Callable | None, *, triton: bool = False, tor
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if triton:
             TRITON[name] = reference.__module__.rpartition(".")[2]
-            wanted = not torch_has_kernel or os.environ.get("FASTCV_TRITON") == "all"
+            wanted = not torch_has_kernel or TRITON_WANTED in ("all", "plan")
             if wanted and not _has_kernel(name, "CUDA") and importlib.util.find_spec("triton"):
-                LIBRARY.impl(name, triton_kernel(name), "CUDA")
-                _from_triton.add(name)
+                kernel, by_plan = triton_kernel(name), torch_has_kernel and timed and TRITON_WANTED == "plan"
+                LIBRARY.impl(name, planned(name, kernel, reference) if by_plan else kernel, "CUDA")
+                _from_triton[name] = "plan" if by_plan else "triton"
     return name
 
 
@@ -137,10 +153,10 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def implementation(name: str, device: str) -> str:
-    """``"compiled"``, ``"triton"``, ``"reference"`` or ``"none"``: what runs ``fastcv::name`` on ``"cpu"`` or
-    ``"cuda"``."""
+    """What runs ``fastcv::name`` on ``"cpu"`` or ``"cuda"``: ``"compiled"``, ``"triton"``, ``"plan"`` (Triton's or
+    torch's, as measured), ``"reference"`` or ``"none"``."""
     if device == "cuda" and name in _from_triton:
-        return "triton"
+        return _from_triton[name]
     if _has_kernel(name, device.upper()):
         return "compiled"
     return "reference" if OPERATORS.get(name) is not None else "none"

@@ -12,6 +12,7 @@ pytest.importorskip("torchvision")
 
 from benchmarks import all_models, harness, models, report, shapes
 from benchmarks.__main__ import find_cases, main
+from fastcv._plan import Choice
 
 
 def case(ours, theirs, **options):
@@ -80,6 +81,19 @@ def test_command(tmp_path, capsys):
     assert "nms_padded: SSD300" in printed and "1 cases, fastcv is slower in 0" in printed
     assert (tmp_path / "cpu.md").exists()
     assert main(["--only", "no such operator"]) == 1
+
+
+def test_a_gpu_needs_another_kernel_than_torchs(capsys):
+    assert main(["--device", "cuda"]) == 1
+    assert "set FASTCV_TRITON=all, or plan" in capsys.readouterr().err
+
+
+def test_choices_are_written(tmp_path):
+    choices = {"conv2d(b)": Choice(False, None, 2e-3), "conv2d(a)": Choice(True, 1e-3, 2e-3)}
+    report.save_choices(tmp_path / "choices.md", choices, harness.environment())
+    text = (tmp_path / "choices.md").read_text()
+    assert ": of 2 kinds of calls 1 by Triton's kernel" in text
+    assert text.endswith("| `conv2d(a)` | Triton | 1 ms | 2 ms |\n| `conv2d(b)` | torch | refused | 2 ms |\n")
 
 
 def test_names_are_unique():

@@ -5,6 +5,7 @@ The operators' own tests run there by ``make test-gpu``; without a GPU all of th
 
 import pytest
 import torch
+from conftest import run_python
 
 import fastcv
 from fastcv import ops
@@ -98,3 +99,32 @@ def test_every_other_operator_has_a_kernel():
     operators = fastcv.build_info()["operators"].items()
     missing = [name for name, on in operators if on["cpu"] == "compiled" and on["cuda"] == "reference"]
     assert [name for name in missing if not name.startswith(WITHOUT_KERNEL)] == []
+
+
+def test_convolution_by_plan(tmp_path):
+    """Measured once, as launched and for graphs, and remembered in another process."""
+    script = """
+import sys, torch, fastcv
+from fastcv import _plan
+torch.backends.cudnn.allow_tf32 = False
+x = torch.randn(4, 64, 30, 30, device="cuda").contiguous(memory_format=torch.channels_last)
+w = torch.randn(64, 64, 3, 3, device="cuda").contiguous(memory_format=torch.channels_last)
+run = lambda: fastcv.ops.conv2d(x, w, padding=1, activation="relu")
+measured = []
+seconds, _plan.gpu_seconds = _plan.gpu_seconds, lambda thunks: measured.append(thunks) or seconds(thunks)
+with torch.no_grad():
+    y = run()
+    with _plan.for_graphs():
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+    graph.replay()
+expected = torch.conv2d(x.cpu(), w.cpu(), padding=1).relu()
+for result in (y, captured):
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-3, atol=1e-3)
+assert len(measured) == int(sys.argv[1]) and len(_plan.known_choices()) == 2
+"""
+    for count in "20":
+        result = run_python(["-c", script, count], environment={"FASTCV_TRITON": "plan", "FASTCV_CACHE": str(tmp_path)})
+        assert result.returncode == 0, result.stderr

@@ -1,7 +1,7 @@
 """Convolution with a fused epilogue: :func:`conv2d`.
 
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
-Other types and devices run on torch's convolution, followed by the epilogue; CUDA devices, where ``FASTCV_TRITON=all``
+Other types and devices run on torch's convolution, followed by the epilogue; CUDA devices, where ``FASTCV_TRITON``
 asks for it and weights are not trained, on kernels in Triton, in all floating types.
 
 Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .._library import LIBRARY, define
+from .._library import LIBRARY, define, implementation
 from ._autocast import any_enabled, autocast
 from ._autograd import needs_derivatives
 from ._checks import check_floating, check_groups, check_one_of, check_same_device, check_shape, pair
@@ -57,6 +57,7 @@ define(
     reference.conv2d.conv2d_prepare,
     triton=True,
     torch_has_kernel=True,
+    timed=False,
 )
 LIBRARY.define(
     "conv2d_prepared(Tensor input, Tensor prepared, Tensor? bias, Tensor? residual, int[] code, float slope) -> Tensor"
@@ -66,6 +67,7 @@ define(
     reference.conv2d.conv2d_kernel,
     triton=True,
     torch_has_kernel=True,
+    timed=False,
 )
 
 
@@ -174,7 +176,8 @@ def conv2d(
             )
         call = _make_call(input, weight, geometry, activation, kernel)
         if call is None:
-            prepared = prepared_weight(weight, *geometry, kernel)
+            by_plan = implementation("conv2d", "cuda") == "plan"  # which may choose torch's kernel: nothing to keep
+            prepared = None if by_plan else prepared_weight(weight, *geometry, kernel)
             return torch.ops.fastcv.conv2d(
                 input, weight, bias, residual, prepared, *geometry, activation, negative_slope, kernel
             )

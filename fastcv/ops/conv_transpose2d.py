@@ -61,12 +61,14 @@ define(
     _reference.conv_transpose2d_prepare,
     triton=True,
     torch_has_kernel=True,
+    timed=False,
 )
 define(
     f"conv_transpose2d_kernel(Tensor input, Tensor weight, {_GEOMETRY}) -> int",
     _reference.conv_transpose2d_kernel,
     triton=True,
     torch_has_kernel=True,
+    timed=False,
 )
 
 
