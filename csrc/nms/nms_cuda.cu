@@ -34,21 +34,17 @@ __global__ void __launch_bounds__(kBlock)
                       PaddedOutput out) {
   __shared__ int count[kWords];
   const int64_t image = blockIdx.x, candidates = classes * length;
-  const int t = int(threadIdx.x), warp = t / kWarp, lane = t % kWarp;
+  const int t = int(threadIdx.x);
   int64_t found = 0;
   for (int64_t tile = 0; tile < candidates && found < out.limit; tile += kBlock) {
     const int64_t p = tile + t, candidate = p < candidates ? order[image * candidates + p] : 0;
     const bool keeps = p < candidates && keep[image * candidates + candidate];
-    const uint32_t word = __ballot_sync(kAllLanes, keeps);
-    if (lane == 0) count[warp] = __popc(word);
-    __syncthreads();
-    int before = __popc(word & ((1u << lane) - 1)), all = 0;
-    for (int w = 0; w < kWords; ++w) before += w < warp ? count[w] : 0, all += count[w];
-    if (const int64_t k = found + before; keeps && k < out.limit) {
+    const Place place = place_in_block(keeps, count, kWords);
+    if (const int64_t k = found + place.before; keeps && k < out.limit) {
       out.indices[image * out.limit + k] = candidate % length;
       out.labels[image * out.limit + k] = ids ? ids[image * length + candidate] : candidate / length;
     }
-    found += all;
+    found += place.all;
     __syncthreads();
   }
   if (found > out.limit) found = out.limit;

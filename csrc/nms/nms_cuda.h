@@ -21,6 +21,7 @@
 #pragma once
 
 #include "../common/cuda_boxes.h"
+#include "../common/cuda_places.h"
 #include "../common/cuda_segments.h"
 #include "nms_tensors.h"
 
@@ -135,18 +136,14 @@ __global__ void __launch_bounds__(kBlock) nms_sweep_kernel(Sorted<C> s, int64_t 
   if (tile >= s.length) return;
   const int64_t start = s.start[offset + tile], base = start + round * kBlock;
   if (base + kBlock > tile + kBlock - 1) return;
-  const int t = int(threadIdx.x), warp = t / kWarp, lane = t % kWarp;
+  const int t = int(threadIdx.x);
   const bool keeps = start + round * kBlock + t < s.length && !s.removed[offset + base + t];
-  const uint32_t word = __ballot_sync(kAllLanes, keeps);
-  if (lane == 0) count[warp] = __popc(word);
-  __syncthreads();
-  int before = __popc(word & ((1u << lane) - 1)), all = 0;
-  for (int w = 0; w < kWords; ++w) before += w < warp ? count[w] : 0, all += count[w];
-  if (keeps) kept[before] = s.box[offset + base + t];
+  const Place place = place_in_block(keeps, count, kWords);
+  if (keeps) kept[place.before] = s.box[offset + base + t];
   __syncthreads();
   if (p >= s.length || p < base + kBlock || s.start[offset + p] != start || s.removed[offset + p]) return;
   const typename C::Box mine = s.box[offset + p];
-  for (int k = 0; k < all; ++k)
+  for (int k = 0; k < place.all; ++k)
     if (s.criterion.overlaps(kept[k], mine)) {
       s.removed[offset + p] = 1;
       return;

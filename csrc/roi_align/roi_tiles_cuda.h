@@ -6,6 +6,7 @@
 // kernel adds them one after the other. Memory: 28 bytes for a region, and what the sort needs.
 #pragma once
 
+#include "../common/cuda_places.h"
 #include "roi_align_cuda.h"
 #include "roi_tensors.h"
 
@@ -84,7 +85,7 @@ template <class F>
 __device__ void each_region_of_tile(const RoiGroups& list, const RoiTile& tile, const F& f) {
   __shared__ int32_t hits[kTileThreads];
   __shared__ int counts[kTileThreads / kWarp];
-  const int t = int(threadIdx.x), warp = t / kWarp, lane = t % kWarp;
+  const int t = int(threadIdx.x);
   for (int64_t first = group_begin(list, tile.group);; first += kTileThreads) {
     const int64_t i = first + t, roi = i < list.count ? list.order[i] : 0;
     const bool mine = i < list.count && list.group[roi] == tile.group;
@@ -93,14 +94,10 @@ __device__ void each_region_of_tile(const RoiGroups& list, const RoiTile& tile, 
       const Extent e = list.extents[roi];
       hit = e.top - kTile < tile.y && e.bottom >= tile.y && e.left - kTile < tile.x && e.right >= tile.x;
     }
-    const uint32_t word = __ballot_sync(kAllLanes, hit);
-    if (lane == 0) counts[warp] = __popc(word);
+    const Place place = place_in_block(hit, counts, kTileThreads / kWarp);
+    if (hit) hits[place.before] = int32_t(roi);
     const bool more = __syncthreads_or(mine);
-    int before = __popc(word & ((1u << lane) - 1)), all = 0;
-    for (int w = 0; w < kTileThreads / kWarp; ++w) before += w < warp ? counts[w] : 0, all += counts[w];
-    if (hit) hits[before] = int32_t(roi);
-    __syncthreads();
-    f(hits, all);
+    f(hits, place.all);
     __syncthreads();
     if (!more) break;
   }

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(typename R::Coordinate) =
   const RoiTile tile = own_tile(task.tiled, r);
   const bool here = tile.channel < r.channels;
   const T* const grad = task.grad + (here ? tile.channel : 0) * task.stride_c;
-  const int t = int(threadIdx.x), warp = t / kWarp, lane = t % kWarp, wide = int(r.pooled_width);
+  const int t = int(threadIdx.x), wide = int(r.pooled_width);
   A sum[kTileRows][kTile] = {};
   each_region_of_tile(task.groups, tile, [&](const int32_t* regions, int n) {
     for (int k = 0; k < n; ++k) {
@@ -66,14 +66,10 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(typename R::Coordinate) =
         const bool hit = s < total && region.sample(bin / wide, bin % wide, s % samples, map.height, map.width, &tap) &&
                          tap.y + 1 >= tile.y && tap.y < tile.y + kTile && tap.x + 1 >= tile.x &&
                          tap.x < tile.x + kTile;
-        const uint32_t word = __ballot_sync(kAllLanes, hit);
-        if (lane == 0) counts[warp] = __popc(word);
+        const Place place = place_in_block(hit, counts, kTileThreads / kWarp);
+        if (hit) hits[place.before] = {int(bin), tap};
         __syncthreads();
-        int before = __popc(word & ((1u << lane) - 1)), all = 0;
-        for (int w = 0; w < kTileThreads / kWarp; ++w) before += w < warp ? counts[w] : 0, all += counts[w];
-        if (hit) hits[before] = {int(bin), tap};
-        __syncthreads();
-        for (int i = 0; here && i < all; ++i) {
+        for (int i = 0; here && i < place.all; ++i) {
           const int y = hits[i].tap.y - tile.y - tile.row;
           if (y < -1 || y >= kTileRows) continue;
           add_sample(hits[i].tap, tile, load(grad + regions[k] * task.stride_roi + hits[i].bin * task.stride_bin), sum);

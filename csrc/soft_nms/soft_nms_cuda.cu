@@ -18,6 +18,7 @@
 
 #include "../common/cuda_best.h"
 #include "../common/cuda_boxes.h"
+#include "../common/cuda_places.h"
 #include "../common/cuda_segments.h"
 #include "soft_nms_tensors.h"
 
@@ -83,17 +84,14 @@ struct Pool {
 template <class T, class Read>
 __device__ int compact(const Pool<T>& pool, int n, const Read& read) {
   __shared__ int count[kMostWarps];
-  const int t = int(threadIdx.x), threads = int(blockDim.x), warp = t / kWarp, lane = t % kWarp;
+  const int t = int(threadIdx.x), threads = int(blockDim.x);
   int size = 0;
   for (int tile = 0; tile < n; tile += threads) {
     Candidate<T> mine{};
     if (tile + t < n) mine = read(tile + t);
-    const uint32_t word = __ballot_sync(kAllLanes, mine.score > 0);
-    if (lane == 0) count[warp] = __popc(word);
-    __syncthreads();
-    int before = size + __popc(word & ((1u << lane) - 1));
-    for (int w = 0; w < threads / kWarp; ++w) before += w < warp ? count[w] : 0, size += count[w];
-    if (mine.score > 0) pool.write(before, mine);
+    const Place place = place_in_block(mine.score > 0, count, threads / kWarp);
+    if (mine.score > 0) pool.write(size + place.before, mine);
+    size += place.all;
     __syncthreads();
   }
   return size;
