@@ -1,0 +1,129 @@
+"""Functions of tensors on a CUDA device, recorded once for each size and replayed: one launch for all their kernels."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+_WARM_UPS = 3  # calls before it is recorded: what is compiled, tuned or laid out at the first ones is no part of it
+
+
+class Recorded(NamedTuple):
+    """A function that reads ``inputs`` and writes ``outputs``, always the same memory."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """``function`` on CUDA devices as graphs, one for each size: inputs are copied in, outputs are copies.
+
+    Recorded at the first call with the shapes, strides, types and device of its inputs; the ``most`` graphs that were
+    used last are kept. Those of a device share one pool of memory, so that they need as much as the largest, and calls
+    take turns there, whatever their threads and streams. The function must not wait for the device, nor draw random
+    numbers. What it reads beside its inputs must not change: else :meth:`clear`.
+
+    It is called as it is on other devices, where gradients are enabled, and while a graph around it is recorded.
+
+    Raises:
+        ValueError: ``most`` is not a positive int.
+    """
+
+    def __init__(self, function: Function, most: int = 16):
+        if type(most) is not int or most < 1:
+            raise ValueError(f"most: expected a positive int, got {most!r}")
+        self.function, self.most = function, most
+        self._kept: OrderedDict[tuple, Recorded] = OrderedDict()
+        self._pools: dict[torch.device, tuple[int, int]] = {}
+        self._done: dict[torch.device, torch.cuda.Event] = {}  # of the last call, after its outputs were copied
+        self._lock = threading.Lock()
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if not _applies(tensors):
+            return self.function(*tensors)
+        device = tensors[0].device
+        key = (device, *((t.shape, t.stride(), t.dtype) for t in tensors))
+        with self._lock:
+            self._take_turn(device)
+            if key not in self._kept:
+                self._make_room(device)
+                self._kept[key] = _record(self.function, tensors, self._pools.get(device))
+            self._kept.move_to_end(key)
+            inputs, outputs, replay = self._kept[key]
+            for static, given in zip(inputs, tensors, strict=True):
+                static.copy_(given)
+            replay()
+            results = tuple(static.clone() for static in outputs)
+            self._end_turn(device, inputs)
+        return results
+
+    def clear(self) -> None:
+        """Forget all graphs: the next call of each size records it again."""
+        with self._lock:
+            self._kept.clear()
+
+    def _make_room(self, device: torch.device) -> None:
+        if len(self._kept) >= self.most:
+            self._kept.popitem(last=False)
+        if device.type == "cuda" and all(key[0] != device for key in self._kept):
+            self._pools[device] = torch.cuda.graph_pool_handle()  # one that nobody uses any more is lost
+
+    def _take_turn(self, device: torch.device) -> None:
+        """The current stream waits for the call before, which may be another stream's: both use the same memory."""
+        if device in self._done:
+            torch.cuda.current_stream(device).wait_event(self._done[device])
+
+    def _end_turn(self, device: torch.device, inputs: tuple[Tensor, ...]) -> None:
+        if device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(device)
+        if device not in self._done:
+            self._done[device] = torch.cuda.Event()
+        self._done[device].record(stream)
+        for static in inputs:  # should the graph be dropped, their memory waits for this call
+            static.record_stream(stream)
+
+
+_recording = threading.local()
+
+
+def _applies(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a call is one for a graph."""
+    device = tensors[0].device if tensors else None
+    return (
+        device is not None
+        and device.type == "cuda"
+        and all(t.device == device for t in tensors)
+        and not torch.is_grad_enabled()
+        and not getattr(_recording, "on", False)
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _record(function: Function, tensors: tuple[Tensor, ...], pool: tuple[int, int] | None) -> Recorded:
+    """``function`` over copies of ``tensors``, warmed up and recorded on a stream of its own."""
+    device = tensors[0].device
+    _recording.on = True
+    try:
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
+            inputs = tuple(torch.empty_like(t).copy_(t) for t in tensors)
+            current, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    function(*inputs)
+            # What other threads do meanwhile does not concern the recording.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = tuple(function(*inputs))
+            current.wait_stream(stream)
+    finally:
+        _recording.on = False
+    return Recorded(inputs, outputs, graph.replay)
