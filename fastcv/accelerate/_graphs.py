@@ -22,6 +22,13 @@ class Recorded(NamedTuple):
     replay: Callable[[], None]
 
 
+class Pool(NamedTuple):
+    """Memory of graphs, and the stream that records them: torch's allocator shares none between streams."""
+
+    handle: tuple[int, int]
+    stream: torch.cuda.Stream
+
+
 class Graphs:
     """``function`` on CUDA devices as graphs, one for each size: inputs are copied in, outputs are copies.
 
@@ -41,7 +48,7 @@ class Graphs:
             raise ValueError(f"most: expected a positive int, got {most!r}")
         self.function, self.most = function, most
         self._kept: OrderedDict[tuple, Recorded] = OrderedDict()
-        self._pools: dict[torch.device, tuple[int, int]] = {}
+        self._pools: dict[torch.device, Pool] = {}
         self._done: dict[torch.device, torch.cuda.Event] = {}  # of the last call, after its outputs were copied
         self._lock = threading.Lock()
 
@@ -53,8 +60,7 @@ class Graphs:
         with self._lock:
             self._take_turn(device)
             if key not in self._kept:
-                self._make_room(device)
-                self._kept[key] = _record(self.function, tensors, self._pools.get(device))
+                self._kept[key] = self._recorded(tensors, device)
             self._kept.move_to_end(key)
             inputs, outputs, replay = self._kept[key]
             for static, given in zip(inputs, tensors, strict=True):
@@ -69,11 +75,18 @@ class Graphs:
         with self._lock:
             self._kept.clear()
 
-    def _make_room(self, device: torch.device) -> None:
+    def _recorded(self, tensors: tuple[Tensor, ...], device: torch.device) -> Recorded:
         if len(self._kept) >= self.most:
             self._kept.popitem(last=False)
-        if device.type == "cuda" and all(key[0] != device for key in self._kept):
-            self._pools[device] = torch.cuda.graph_pool_handle()  # one that nobody uses any more is lost
+        if all(key[0] != device for key in self._kept):
+            self._pools.pop(device, None)  # one that no graph uses any more is lost
+        if device.type == "cuda" and device not in self._pools:
+            self._pools[device] = Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+        try:
+            return _record(self.function, tensors, self._pools.get(device))
+        except BaseException:
+            self._pools.pop(device, None)  # torch may take it for one that is still being recorded to
+            raise
 
     def _take_turn(self, device: torch.device) -> None:
         """The current stream waits for the call before, which may be another stream's: both use the same memory."""
@@ -92,6 +105,7 @@ class Graphs:
 
 
 _recording = threading.local()
+_one_at_a_time = threading.Lock()  # as torch wants it in a process
 
 
 def _applies(tensors: tuple[Tensor, ...]) -> bool:
@@ -107,23 +121,23 @@ def _applies(tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _record(function: Function, tensors: tuple[Tensor, ...], pool: tuple[int, int] | None) -> Recorded:
-    """``function`` over copies of ``tensors``, warmed up and recorded on a stream of its own."""
-    device = tensors[0].device
-    _recording.on = True
-    try:
-        # Tensors made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-            inputs = tuple(torch.empty_like(t).copy_(t) for t in tensors)
-            current, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+def _record(function: Function, tensors: tuple[Tensor, ...], pool: Pool) -> Recorded:
+    """``function`` over copies of ``tensors``, warmed up and recorded on the pool's stream."""
+    # Tensors made in inference mode could not be written to outside of it.
+    with _one_at_a_time, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(tensors[0].device):
+        inputs = tuple(torch.empty_like(t).copy_(t) for t in tensors)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool.stream.wait_stream(current)
+        _recording.on = True
+        try:
+            with torch.cuda.stream(pool.stream):  # which torch.cuda.graph does not leave after a failure
                 for _ in range(_WARM_UPS):
                     function(*inputs)
-            # What other threads do meanwhile does not concern the recording.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = tuple(function(*inputs))
-            current.wait_stream(stream)
-    finally:
-        _recording.on = False
+                # What other threads do meanwhile does not concern the recording.
+                options = dict(pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local")
+                with torch.cuda.graph(graph, **options):
+                    outputs = tuple(function(*inputs))
+        finally:
+            _recording.on = False
+        current.wait_stream(pool.stream)
     return Recorded(inputs, outputs, graph.replay)
