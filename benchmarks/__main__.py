@@ -16,8 +16,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def find_cases(only: str, device: str = "cpu") -> list[harness.Case]:
-    """The cases of all ``bench_*.py`` whose operator's name contains ``only``; of ``gpu.py`` for a GPU."""
-    names = [path.stem for path in sorted(HERE.glob("bench_*.py"))] if device == "cpu" else ["gpu"]
+    """The cases of all ``bench_*.py`` whose operator's name contains ``only``; of ``gpu*.py`` for a GPU."""
+    names = [path.stem for path in sorted(HERE.glob("bench_*.py"))] if device == "cpu" else ["gpu", "gpu_models"]
     modules = [importlib.import_module(f"benchmarks.{name}") for name in names]
     return [case for module in modules for case in module.CASES if only in case.operator]
 
