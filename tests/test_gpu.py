@@ -207,6 +207,21 @@ def test_graphs_see_changed_parameters(without_tf32):
                 assert_near(fast(x), model(x), 1e-4)
 
 
+def test_weights_are_not_laid_out_in_a_graph_of_the_callers():
+    fast, x = fastcv.accelerate(small_model()), torch.randn(2, 3, 20, 20, device="cuda")
+    with torch.no_grad():
+        fast(x)
+        expected = fast(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = fast(x)
+        graph.replay()
+        assert_near(result, expected, 1e-4)
+        fast[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="call the model once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            fast(x)
+
+
 def double(x, y):
     z = (x @ x).relu() + y  # with memory of its own
     return 2 * x, z, z.sum(0)

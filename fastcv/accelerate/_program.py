@@ -129,7 +129,12 @@ class Program(nn.Module):
         return self._load_on_cpu() if device.type == "cpu" else self._load_by_calls(device), state
 
     def _load_by_calls(self, device: torch.device) -> OnDevice | _Replayed:
+        on_cuda = device.type == "cuda"
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("weights cannot be laid out while a CUDA graph is recorded: call the model once before")
         loaded = OnDevice(self.listing, device, self.settings.dtype)
+        if on_cuda:
+            torch.cuda.current_stream(device).synchronize()  # other threads may read the weights on other streams
         return _Replayed(device, Graphs(loaded.run)) if self.settings.graphs else loaded
 
     def _load_on_cpu(self) -> _Loaded:
