@@ -247,7 +247,7 @@ def test_graphs_of_functions():
         assert_all_close(results, expected)
 
 
-def test_graphs_on_other_streams_and_threads():
+def test_graphs_of_several_threads():
     graphs = Graphs(double)
     inputs = [torch.randn(n, n, device="cuda") for n in (64, 256, 64, 1024) * 5]
     torch.cuda.synchronize()

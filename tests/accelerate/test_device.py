@@ -1,6 +1,9 @@
 """Programs as calls of operators, as they run on CUDA devices: here on tensors of the CPU, in the place of the compiled
 ones."""
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 from program_cases import (
@@ -19,7 +22,8 @@ from program_cases import (
 from torch import nn
 
 import fastcv
-from fastcv.accelerate import _device, _program
+from fastcv import _library
+from fastcv.accelerate import _capture, _device, _program
 from fastcv.accelerate._steps import OPS
 
 if fastcv.build_info()["operators"]["conv2d"]["cpu"] != "compiled":
@@ -229,6 +233,29 @@ def test_another_device():
     assert "; on meta in float32" in str(fast.fastcv_report)
     with pytest.raises(RuntimeError, match="inputs: expected on the CPU, whose programs are measured"):
         program.profile(torch.empty(2, 3, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_types_and_devices_of_a_model_on_cuda(dtype, monkeypatch):
+    """With fake tensors, for which there need be no such device, and no compiled part either."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(_capture, "_close", lambda *_: True)  # they have no numbers
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    monkeypatch.setattr(sys.modules["fastcv.accelerate"], "cpu_loaded", False)
+    monkeypatch.setattr(_library, "cpu_loaded", False)
+    with FakeTensorMode():
+        for make in (*CASES.values(), lambda: nn.Sequential(nn.Conv2d(3, 5, 1), Unpooled())):
+            with torch.device("cuda"):
+                model, x = make().eval(), torch.randn(2, 3, 16, 8)
+            fast = fastcv.accelerate(model, dtype=dtype)
+            with torch.no_grad():
+                fast(x)
+                result, expected = fast(x), model(x)
+            assert (result.device, result.dtype, result.shape) == (x.device, torch.float32, expected.shape)
+            assert f"; on cuda:0 in {str(dtype)[6:]}" in str(fast.fastcv_report)
 
 
 def test_options():
