@@ -17,10 +17,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def find_cases(only: str, device: str = "cpu") -> list[harness.Case]:
-    """The cases of all ``bench_*.py`` whose operator's name contains ``only``; of ``gpu.py`` for a GPU."""
-    names = [path.stem for path in sorted(HERE.glob("bench_*.py"))] if device == "cpu" else ["gpu"]
+    """The cases of all ``bench_*.py`` whose operator's name contains ``only``; of ``gpu*.py`` for a GPU."""
+    names = [path.stem for path in sorted(HERE.glob("bench_*.py"))] if device == "cpu" else ["gpu", "gpu_models"]
     modules = [importlib.import_module(f"benchmarks.{name}") for name in names]
     return [case for module in modules for case in module.CASES if only in case.operator]
+
+
+def _runs(operator: str, by_plan: bool) -> bool:
+    """On a GPU: models with a plan, as users would have them, and without one all else; with one what it decides."""
+    if operator == "accelerate":
+        return by_plan
+    return not by_plan or implementation(operator, "cuda") == "plan"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("set FASTCV_TRITON=all, or plan: else torch's kernels would be timed against themselves", file=sys.stderr)
         return 1
     cases = find_cases(options.only, options.device)
-    if by_plan:  # all else is the same with "all"
-        cases = [case for case in cases if implementation(case.operator, "cuda") == "plan"]
+    if options.device == "cuda":
+        cases = [case for case in cases if _runs(case.operator, by_plan)]
     if not cases:
         print(f"no operator's name contains {options.only!r}", file=sys.stderr)
         return 1

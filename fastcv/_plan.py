@@ -195,7 +195,7 @@ def _many(thunk: Thunk) -> Thunk:
 def _in_graph(thunk: Thunk) -> Thunk:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on
         _many(thunk)()
     return graph.replay
 

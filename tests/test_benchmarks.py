@@ -97,8 +97,30 @@ def test_choices_are_written(tmp_path):
 
 
 def test_names_are_unique():
-    names = [each.name for each in find_cases("")]
-    assert len(names) == len(set(names)) > 40
+    for device in ("cpu", "cuda"):
+        names = [each.name for each in find_cases("", device)]
+        assert len(names) == len(set(names)) > 40
+
+
+def test_models_for_a_gpu():
+    """Their contenders but the compiled ones, on a small model."""
+    from benchmarks import gpu_models
+
+    torch.manual_seed(0)
+    model, x = (
+        torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1)),
+        torch.rand(2, 3, 9, 9),
+    )
+    for contenders, tolerance in ((gpu_models.FLOAT32, 1e-5), (gpu_models.BFLOAT16, 0.05)):
+        thunks = {name: prepare(model, x) for name, prepare in contenders.items() if "compile" not in name}
+        assert next(iter(thunks)) == "fastcv" and len(thunks) == 3
+        for thunk in thunks.values():
+            gpu_models._same_scores(tolerance)(thunk(), thunks["fastcv"]())
+    boxes = torch.rand(4, 4) * 100
+    found = [{"boxes": boxes, "labels": torch.arange(4)}]
+    gpu_models._same_detections(0.9)(found, found)
+    with pytest.raises(AssertionError, match="no like"):
+        gpu_models._same_detections(0.9)(found, [{"boxes": boxes, "labels": torch.arange(4) + 1}])
 
 
 def test_ssd300_has_its_8732_boxes():

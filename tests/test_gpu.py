@@ -3,15 +3,25 @@
 The operators' own tests run there by ``make test-gpu``; without a GPU all of this is skipped.
 """
 
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import run_python
+from torch import nn
 
 import fastcv
 from fastcv import ops
+from fastcv.accelerate._graphs import Graphs
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
+
+sys.path.append(str(Path(__file__).parent / "accelerate"))
+from program_cases import STEPS, Block, Function, Pyramid, Unpooled, generator, randomise_norms
 
 
 @pytest.fixture
@@ -128,3 +138,179 @@ assert len(measured) == int(sys.argv[1]) and len(_plan.known_choices()) == 2
     for count in "20":
         result = run_python(["-c", script, count], environment={"FASTCV_TRITON": "plan", "FASTCV_CACHE": str(tmp_path)})
         assert result.returncode == 0, result.stderr
+
+
+# ---- accelerate ----------------------------------------------------------------------------------
+
+MODELS = {name: lambda name=name: Function(copy.deepcopy(STEPS[name])) for name in STEPS} | {
+    "unpooled": lambda: nn.Sequential(nn.Conv2d(12, 5, 1), Unpooled()),
+    "pyramid": lambda: nn.Sequential(nn.Conv2d(12, 3, 1), Pyramid()),
+    "layer_norm": lambda: nn.Sequential(Block(12), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 7)),
+}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
+
+
+@pytest.fixture
+def without_tf32():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def assert_near(result, expected, tolerance):
+    assert result.dtype == expected.dtype and result.shape == expected.shape
+    assert (result.cpu() - expected.cpu()).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", MODELS)
+def test_accelerated_models(name, dtype, without_tf32):
+    if name == "unpooled" and dtype != torch.float32:
+        pytest.skip("rounding moves maxima")
+    torch.manual_seed(0)
+    model = randomise_norms(MODELS[name]().eval())
+    fast = fastcv.accelerate(copy.deepcopy(model).cuda(), dtype=dtype, graphs=True)
+    with torch.inference_mode():
+        for size in ((2, 12, 16, 20), (1, 12, 24, 12), (2, 12, 16, 20)):
+            x = torch.randn(size)
+            for _ in range(2):
+                assert_near(fast(x.cuda()), model(x), TOLERANCES[dtype])
+    (part,) = fast.fastcv_report.parts
+    assert "on cuda:0 in" in str(part) and not fast.fastcv_report.left
+
+
+def test_accelerated_vectors(without_tf32):
+    torch.manual_seed(0)
+    model, x = generator(), torch.randn(5, 20, 1, 1)
+    fast = fastcv.accelerate(copy.deepcopy(model).cuda())
+    with torch.inference_mode():
+        for _ in range(2):
+            assert_near(fast(x.cuda()), model(x), 1e-4)
+
+
+def small_model():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3), nn.SiLU())
+    return randomise_norms(nn.Sequential(*layers).eval()).cuda()
+
+
+def test_a_model_that_is_moved(without_tf32):
+    model = small_model()
+    fast, x = fastcv.accelerate(model), torch.randn(2, 3, 20, 20, device="cuda")
+    with torch.inference_mode():
+        expected = model(x)
+        fast(x)
+        assert_near(fast(x), expected, 1e-4)
+        assert_near(fast.cpu()(x.cpu()), expected, 1e-4)
+        assert_near(fast.cuda()(x), expected, 1e-4)
+
+
+def test_accelerated_models_never_wait():
+    fast, x = fastcv.accelerate(small_model(), graphs=True), torch.randn(2, 3, 20, 20, device="cuda")
+    with torch.inference_mode():
+        fast(x), fast(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            fast(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_under_autocast_and_with_gradients_models_run_as_before():
+    model = small_model()
+    fast, x = fastcv.accelerate(model, graphs=True), torch.randn(2, 3, 20, 20, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        assert fast(x).dtype == torch.bfloat16
+    fast(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_graphs_see_changed_parameters(without_tf32):
+    model = small_model()
+    fast, x = fastcv.accelerate(model, graphs=True), torch.randn(2, 3, 20, 20, device="cuda")
+    with torch.no_grad():
+        for factor in (1, 2, -1):
+            model[0].weight.mul_(factor)
+            model[4].weight.data = model[4].weight * 0.5
+            for _ in range(3):
+                assert_near(fast(x), model(x), 1e-4)
+
+
+def test_weights_are_not_laid_out_in_a_graph_of_the_callers():
+    fast, x = fastcv.accelerate(small_model()), torch.randn(2, 3, 20, 20, device="cuda")
+    with torch.no_grad():
+        fast(x)
+        expected = fast(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = fast(x)
+        graph.replay()
+        assert_near(result, expected, 1e-4)
+        fast[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="call the model once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            fast(x)
+
+
+def double(x, y):
+    z = (x @ x).relu() + y  # with memory of its own
+    return 2 * x, z, z.sum(0)
+
+
+def assert_all_close(results, expected):
+    for result, wanted in zip(results, expected, strict=True):
+        assert_near(result, wanted, 1e-5)
+
+
+def test_graphs_of_functions():
+    graphs, kept = Graphs(double, most=2), []
+    with torch.inference_mode():
+        for n in (64, 128, 64, 256, 128, 64):  # one is dropped, and recorded again
+            x, y = torch.randn(n, n, device="cuda"), torch.randn(n, device="cuda")
+            kept.append((graphs(x, y), double(x, y)))
+        graphs.clear()
+        kept.append((graphs(x, y), double(x, y)))
+    x = torch.ones(4, 4, device="cuda", requires_grad=True)
+    graphs(x, torch.ones(4, device="cuda"))[1].sum().backward()
+    assert x.grad is not None
+    for results, expected in kept:
+        assert_all_close(results, expected)
+
+
+def test_graphs_of_several_threads():
+    graphs = Graphs(double)
+    inputs = [torch.randn(n, n, device="cuda") for n in (64, 256, 64, 1024) * 5]
+    torch.cuda.synchronize()
+
+    def run(x):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), torch.inference_mode():
+            results = [t.cpu() for t in graphs(x, x[0])]
+        return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for x, results in zip(inputs, pool.map(run, inputs), strict=True):
+            assert_all_close(results, double(x, x[0]))
+
+
+def test_graphs_inside_of_graphs():
+    inner = Graphs(double)
+    outer = Graphs(lambda x, y: inner(*inner(x, y)[1:]))
+    x, y = torch.randn(64, 64, device="cuda"), torch.randn(64, device="cuda")
+    with torch.no_grad():
+        for _ in range(2):
+            assert_all_close(outer(x, y), double(*double(x, y)[1:]))
+    assert not inner._kept
+
+
+def test_what_cannot_be_recorded_is_an_error():
+    graphs, x, stream = (
+        Graphs(lambda x: (x[: int(x.sum())],)),
+        torch.ones(4, device="cuda"),
+        torch.cuda.current_stream(),
+    )
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        graphs(x)
+    assert torch.cuda.current_stream() == stream and not graphs._kept
+    with torch.no_grad():
+        assert Graphs(lambda x: (x + 1,))(x)[0].tolist() == [2] * 4

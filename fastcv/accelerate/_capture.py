@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import ops
+from .. import _library, ops
 from ..nn.conv import ConvNormAct
 from ._lower import Untraceable, lower
 from ._modules import has_hooks, has_work, is_norm
@@ -24,9 +24,11 @@ from ._report import Part, Report
 
 # Of the largest output, between a part and its captured form, on its first input.
 TOLERANCE = {"default": 1e-4, "highest": 1e-4, "bfloat16": 0.1, "fast": 1e-3}
+# The same where maps are half types, or float32 is rounded to TF32, as torch's convolutions do by default.
+_ON_DEVICE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.02}
 # Where positions of maxima are used, rounding chooses among maxima that are as good as equal, and what they place is
 # elsewhere: the share of elements that may be. In DeconvNet it is up to 0.001, between torch's memory formats as well.
-_MOVED = 0.01
+_MOVED, _MOVED_ROUNDED = 0.01, 0.1
 
 
 class _Tracer(fx.Tracer):
@@ -142,7 +144,8 @@ def _note_shapes(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with FakeTensorMode(allow_non_fake_inputs=True):
-            _Shapes(graph).run(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs))
+            like = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs)
+            _Shapes(graph).run(*like)
 
 
 class _Forward:
@@ -166,7 +169,7 @@ class _Forward:
         self.keep_strides, self.settings = keep_strides, settings
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.inputs = sum(p.default is p.empty for p in parameters) - 1  # without self; others keep their defaults
-        self.moved = _MOVED if _uses_positions(captured) else 0.0
+        self.uses_positions = _uses_positions(captured)
         self.checked = self.dropped = self.entered = False
         self.lock = RLock()
         self.spec: _pytree.TreeSpec | None = None
@@ -181,7 +184,7 @@ class _Forward:
         applies = (
             not (self.dropped or kwargs or torch.is_grad_enabled() or self.module.training)
             and len(args) == self.inputs
-            and all(isinstance(a, Tensor) and a.dtype == torch.float32 and a.device.type == "cpu" for a in args)
+            and all(isinstance(a, Tensor) and a.dtype == torch.float32 and _serves(a.device) for a in args)
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
         )
@@ -213,7 +216,9 @@ class _Forward:
         if why is None:
             result = self.captured(*args)
             leaves = (_pytree.tree_leaves(result), _pytree.tree_leaves(expected))
-            if not _close(*leaves, TOLERANCE[self.settings.precision], self.moved):
+            device = args[0].device if args else torch.device("cpu")
+            tolerance, moved = _tolerances(self.settings, device)
+            if not _close(*leaves, tolerance, moved if self.uses_positions else 0.0):
                 why = "for its captured form gave other results"
         if why is not None:
             self.dropped = True
@@ -238,6 +243,29 @@ class _Forward:
             return "for nothing in it that programs would make faster is known"
         self.part.add(programs, self.captured)
         return None
+
+
+def _serves(device: torch.device) -> bool:
+    """Whether programs run there. Under autocast on other devices than the CPU what a model does is torch's choice."""
+    if device.type == "cpu":
+        return _library.cpu_loaded
+    return device.type == "cuda" and not torch.is_autocast_enabled(device.type)
+
+
+def _tolerances(settings: Settings, device: torch.device) -> tuple[float, float]:
+    """Of the first result: what numbers may differ by, and the share of elements that may be elsewhere."""
+    if device.type == "cpu":
+        return TOLERANCE[settings.precision], _MOVED
+    if settings.dtype == torch.float32 and not _rounds_to_tf32():
+        return TOLERANCE["default"], _MOVED
+    return _ON_DEVICE[settings.dtype], _MOVED_ROUNDED
+
+
+def _rounds_to_tf32() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # operators were told apart in a way that these do not know
+        return True
 
 
 def _uses_positions(graph: fx.GraphModule) -> bool:

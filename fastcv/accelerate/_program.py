@@ -1,4 +1,4 @@
-"""A part of a model as one call into ``csrc/program``."""
+"""A part of a model as one call: into ``csrc/program`` on the CPU, of :mod:`_device` on other devices."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .._library import LIBRARY
+from ._device import OnDevice
+from ._graphs import Graphs
 from ._passes import shorten
 from ._steps import ACTIVATIONS, CONVOLUTIONS, OPS, Listing, Ref, Step
 
@@ -30,20 +32,37 @@ _WITH_ACTIVATION = (*CONVOLUTIONS, "add", "mul", "merge", "activate", "affine")
 class Settings(NamedTuple):
     """What :func:`fastcv.accelerate` was told."""
 
-    precision: str = "default"  # of PRECISIONS
+    precision: str = "default"  # of PRECISIONS, on the CPU
     low_memory: bool = False
+    dtype: torch.dtype = torch.float32  # of maps and weights on other devices
+    graphs: bool = False  # on those
 
 
 DEFAULT = Settings()
 
 
+_CPU = torch.device("cpu")
+
+
 class _Loaded:
     """A program in C++ for as long as anybody holds this: a thread may still call one that another replaces."""
+
+    device = _CPU
 
     def __init__(self, code: list[int], weights: list[Tensor], settings: Settings):
         precision = PRECISIONS.index(settings.precision)
         self.handle = torch.ops.fastcv.program_load(code, weights, precision, settings.low_memory)
         weakref.finalize(self, torch.ops.fastcv.program_free.default, self.handle).atexit = False
+
+    def run(self, *inputs: Tensor) -> list[Tensor]:
+        return torch.ops.fastcv.program_run.default(self.handle, inputs)
+
+
+class _Replayed(NamedTuple):
+    """What an :class:`OnDevice` does, as graphs, which go with it when a parameter changes."""
+
+    device: torch.device
+    run: Graphs
 
 
 class _State:
@@ -75,7 +94,8 @@ class _State:
 
 
 class Program(nn.Module):
-    """Calls a program, which is loaded when first called and again after one of its parameters has changed."""
+    """Calls a program, which is loaded when first called, and again after one of its parameters has changed or where
+    inputs are on another device."""
 
     def __init__(self, listing: Listing, settings: Settings = DEFAULT):
         super().__init__()
@@ -84,26 +104,45 @@ class Program(nn.Module):
         self.listing = listing
         self.convolutions = sum(step.op in CONVOLUTIONS for step in listing.steps)
         self._refs = list({r.key: r for step in listing.steps for r in step.refs()}.values())
-        self._latest: tuple[_Loaded, _State] | None = None
+        self._latest: tuple[_Loaded | OnDevice | _Replayed, _State] | None = None
         self._lock = Lock()
 
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        latest = self._latest
-        if latest is None or latest[1].changed():
+    def forward(self, *inputs: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+        latest, device = self._latest, inputs[0].device
+        for x in inputs[1:]:
+            if x.device != device:
+                raise RuntimeError(f"inputs: expected them on one device, got {device} and {x.device}")
+        if latest is None or latest[0].device != device or latest[1].changed():
             with self._lock:  # of several threads one loads it
                 latest = self._latest
-                if latest is None or latest[1].changed():
+                if latest is None or latest[0].device != device or latest[1].changed():
                     latest = self._latest = None  # the old one goes before the new one comes
-                    latest = self._latest = self._load()
-        return torch.ops.fastcv.program_run.default(latest[0].handle, inputs)
+                    latest = self._latest = self._load(device)
+        return latest[0].run(*inputs)
 
-    def _load(self) -> tuple[_Loaded, _State]:
+    def _load(self, device: torch.device) -> tuple[_Loaded | OnDevice | _Replayed, _State]:
+        state = _State(self._refs)  # before they are read: what changes meanwhile is seen at the next call
+        for r in self._refs:
+            weight = r.get()
+            if weight is not None and weight.device != device:
+                raise RuntimeError(f"{r.name}: expected on {device}, where the inputs are, got {weight.device}")
+        return self._load_on_cpu() if device.type == "cpu" else self._load_by_calls(device), state
+
+    def _load_by_calls(self, device: torch.device) -> OnDevice | _Replayed:
+        on_cuda = device.type == "cuda"
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("weights cannot be laid out while a CUDA graph is recorded: call the model once before")
+        loaded = OnDevice(self.listing, device, self.settings.dtype)
+        if on_cuda:
+            torch.cuda.current_stream(device).synchronize()  # other threads may read the weights on other streams
+        return _Replayed(device, Graphs(loaded.run)) if self.settings.graphs else loaded
+
+    def _load_on_cpu(self) -> _Loaded:
         numbers: dict[tuple, int] = {}
         weights: list[Tensor] = []
         code = [len(self.listing.inputs), *self.listing.inputs, self.listing.values]
         code += [len(self.listing.outputs), *(v for v, _ in self.listing.outputs)]
         code += [len(self.listing.outputs), *(rank for _, rank in self.listing.outputs), len(self.listing.steps)]
-        state = _State(self._refs)  # before they are read: what changes meanwhile is seen at the next call
         with torch.no_grad():
             for step in self.listing.steps:
                 indices = []
@@ -115,7 +154,16 @@ class Program(nn.Module):
                 params = _params(step)
                 code += [OPS.index(step.op), step.output, len(step.inputs), *step.inputs]
                 code += [len(params), *params, len(indices), *indices]
-            return _Loaded(code, weights, self.settings), state
+            return _Loaded(code, weights, self.settings)
+
+    @property
+    def place(self) -> str:
+        """Where and how it ran, if not on the CPU."""
+        latest = self._latest
+        if latest is None or latest[0].device == _CPU:
+            return ""
+        name = str(self.settings.dtype).removeprefix("torch.")
+        return f"{latest[0].device} in {name}{', as graphs' if self.settings.graphs else ''}"
 
     def reload(self) -> None:
         """Plan again at the next call, with other choices of kernels."""
@@ -130,7 +178,11 @@ class Program(nn.Module):
 
     def profile(self, *inputs: Tensor, repeat: int = 10) -> Tensor:
         """A row for each step: what it did and its nanoseconds, the median of ``repeat`` calls (see ``program_profile``
-        in csrc/program)."""
+        in csrc/program), on the CPU."""
+        if not inputs[0].is_cpu:
+            raise RuntimeError(
+                f"inputs: expected on the CPU, whose programs are measured step by step, got {inputs[0].device}"
+            )
         self(*inputs)
         handle = self._latest[0].handle
         torch.ops.fastcv.program_profile(handle)

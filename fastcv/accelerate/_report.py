@@ -43,6 +43,8 @@ class Part:
 
         text = f"{name}: {many(len(self.programs), 'program')} with {many(self.convolutions, 'convolution')}"
         text += f", {many(self.fused, 'layer')} fused" if self.fused else ""
+        places = dict.fromkeys(program.place for program in self.programs if program.place)
+        text += f"; on {' and '.join(places)}" if places else ""
         text += f"; between them: {', '.join(self.own_calls)}" if self.own_calls else ""
         return text + (f"; in torch: {', '.join(self.torch_calls)}" if self.torch_calls else "")
 

@@ -1,5 +1,5 @@
 """What a part of a model computes, as a list of steps: what :mod:`_lower` writes, :mod:`_passes` shortens, and
-:mod:`_program` hands to ``csrc/program``."""
+:mod:`_program` hands to ``csrc/program``, or :mod:`_device` makes calls of."""
 
 from __future__ import annotations
 
@@ -81,6 +81,16 @@ class Step:
         affines = [*self.after, *([self.before] if self.before else [])]
         return [r for r in (self.weight, self.bias, *(r for a in affines for r in a.refs)) if r is not None]
 
+    def folded(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of convolutions: what the norms after them scale each output by, and bias and norms add, in float64."""
+        scale = None
+        shift = None if self.bias is None or self.bias.get() is None else self.bias.get().detach().double()
+        for affine in self.after:
+            s, t = affine.values()
+            scale = s if scale is None else scale * s
+            shift = t if shift is None else shift * s + t
+        return scale, shift
+
     def tensors(self) -> list[tuple[tuple, Tensor] | None]:
         """Weights as csrc/program has them, each with what tells it from others."""
         named = lambda *names: tuple(r.key for r in names if r is not None)  # noqa: E731
@@ -98,13 +108,8 @@ class Step:
             return [(("scale", *key), as_float(scale)), (("shift", *key), as_float(shift))]
         if self.op not in CONVOLUTIONS:
             return []
-        bias = None if self.bias is None or self.bias.get() is None else self.bias.get().detach()
         refs = named(self.bias, *(r for a in self.after for r in a.refs))
-        scale = None
-        for affine in self.after:
-            s, t = affine.values()
-            scale = s if scale is None else scale * s
-            bias = t if bias is None else bias.double() * s + t
+        scale, bias = self.folded()
         tensors = [
             (named(self.weight), self.weight.get().detach()),
             None if bias is None else (("bias", *refs), as_float(bias)),
