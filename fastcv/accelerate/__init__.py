@@ -16,11 +16,12 @@ from torch import nn
 from .._library import cpu_loaded
 from ._capture import capture
 from ._detection import replace_operators
+from ._detectors import WholeDetector, whole_detector
 from ._program import Settings
 from ._report import Report
 from ._tune import load_tuning, tune
 
-__all__ = ["Report", "accelerate", "load_tuning", "tune"]
+__all__ = ["Report", "WholeDetector", "accelerate", "load_tuning", "tune", "whole_detector"]
 
 
 def accelerate(
