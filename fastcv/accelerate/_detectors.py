@@ -122,7 +122,7 @@ def _base(model: nn.Module) -> type[nn.Module] | None:
     detection = sys.modules.get("torchvision.models.detection")
     if detection is None:  # torchvision was not imported: no module can be its
         return None
-    bases = {c for c in type(model).__mro__ if c.__module__.startswith(detection.__name__ + ".")}
+    bases = (c for c in type(model).__mro__ if c.__module__.startswith(detection.__name__ + "."))
     return next((c for c in bases if c.__name__ in _FUNCTIONS), None)
 
 

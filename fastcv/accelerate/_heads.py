@@ -73,7 +73,7 @@ class RCNN:
             pooled = pool(heads.mask_roi_pool, features, boxes, images.shape[2])
             logits = heads.mask_predictor(heads.mask_head(pooled))
             own = logits.gather(1, labels.view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:]))
-            results.append(own.sigmoid().view(*labels.shape, *logits.shape[2:]))
+            results.append(own[:, 0].sigmoid().unflatten(0, labels.shape))
         if heads.has_keypoint():
             pooled = pool(heads.keypoint_roi_pool, features, boxes, images.shape[2])
             heatmaps = heads.keypoint_predictor(heads.keypoint_head(pooled))
@@ -81,7 +81,7 @@ class RCNN:
         return tuple(results)
 
     def _propose(self, features: dict[str, Tensor], images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposals ``[N, P, 4]``, zeros where :attr:`found` ``[N, P]`` has none."""
+        """Proposals ``[N, P, 4]``, and which of them there are; the others are zeros."""
         rpn, maps = self.model.rpn, list(features.values())
         boxes, logits, levels = [], [], []
         for level, (objectness, deltas, cells) in enumerate(
@@ -159,7 +159,8 @@ class Dense(_OneStage):
         scores, indices = scores.topk(min(model.topk_candidates, scores.shape[1]), dim=1)
         places = indices // classes
         anchors = anchors_at(places, cells, map.shape[2:], images.shape[2:])
-        return self.decode(take(results["bbox_regression"], places), anchors, model.box_coder), scores, indices % classes
+        boxes = self.decode(take(results["bbox_regression"], places), anchors, model.box_coder)
+        return boxes, scores, indices % classes
 
     def _detect(self, maps: list[Tensor], results: dict[str, Tensor], images: Tensor, sizes: Tensor):
         model = self.model
@@ -186,15 +187,20 @@ class Dense(_OneStage):
         return chosen(boxes, indices, found), scores, labels, found
 
 
+def _class_scores(results: dict[str, Tensor]) -> Tensor:
+    return results["cls_logits"].sigmoid()
+
+
+def _centred_scores(results: dict[str, Tensor]) -> Tensor:
+    return (results["cls_logits"].sigmoid() * results["bbox_ctrness"].sigmoid()).sqrt()
+
+
 def retinanet(model: nn.Module) -> Dense:
-    return Dense(model, lambda results: results["cls_logits"].sigmoid(), decode)
+    return Dense(model, _class_scores, decode)
 
 
 def fcos(model: nn.Module) -> Dense:
-    def score(results: dict[str, Tensor]) -> Tensor:
-        return (results["cls_logits"].sigmoid() * results["bbox_ctrness"].sigmoid()).sqrt()
-
-    return Dense(model, score, decode_distances)
+    return Dense(model, _centred_scores, decode_distances)
 
 
 class SSD(_OneStage):

@@ -125,7 +125,5 @@ def pool(pooler, features: dict[str, Tensor], boxes: Tensor, height: int) -> Ten
     if scales[: len(levels)] == levels:
         return ops.multiscale_roi_align(maps[: len(levels)], rois, options[0], levels, options[1], **canonical)
     level = roi_levels(rois, levels, *canonical.values())[:, None, None, None]
-    pooled = [
-        ops.roi_align(map, rois, options[0], scale, options[1]) for map, scale in zip(maps, scales, strict=True)
-    ]
+    pooled = [ops.roi_align(map, rois, options[0], scale, options[1]) for map, scale in zip(maps, scales, strict=True)]
     return sum(p.masked_fill(level != i, 0) for i, p in enumerate(pooled))
