@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import fastcv
 from fastcv.accelerate import whole_detector
 from fastcv.accelerate._detection import replace_operators
+from fastcv.accelerate._padded import OUT, best
 from fastcv.demo.detector import same_detections
 
 torchvision = pytest.importorskip("torchvision")
@@ -50,7 +51,12 @@ def anchors(levels=4, shapes=(0.5, 1.0, 2.0)):
 
 def rcnn(build, names=("0", "1", "2", "3"), strides=(2, 2, 2, 2), **options):
     backbone = Stages(strides)
-    options |= {"rpn_anchor_generator": anchors(), "rpn_score_thresh": 0.98, "box_score_thresh": 0.0}
+    options |= {
+        "rpn_anchor_generator": anchors(),
+        "rpn_score_thresh": 0.98,
+        "rpn_nms_thresh": 0.4,
+        "box_score_thresh": 0.0,
+    }
     options["box_roi_pool"] = torchvision.ops.MultiScaleRoIAlign(names, 7, 2, canonical_scale=40)
     options["box_head"] = detection.faster_rcnn.TwoMLPHead(32 * 49, 32)
     options["box_predictor"] = detection.faster_rcnn.FastRCNNPredictor(32, CLASSES)
@@ -72,7 +78,9 @@ def ssd():
     generator = detection.anchor_utils.DefaultBoxGenerator([[2], [2, 3], [2]])
     backbone = Stages((2, 2, 2))
     head = detection.ssd.SSDHead([32] * 3, generator.num_anchors_per_location(), CLASSES)
-    return detection.ssd.SSD(backbone, generator, (64, 80), head=head, score_thresh=0.0, **ONE_STAGE)
+    return detection.ssd.SSD(
+        backbone, generator, (64, 80), head=head, score_thresh=0.0, **ONE_STAGE | {"topk_candidates": 8}
+    )
 
 
 BUILD = {
@@ -197,6 +205,42 @@ def test_other_numbers():
     replaced = copy.deepcopy(model)
     replace_operators(replaced)
     check_equal(whole_detector(model)(images()), replaced(images()))
+
+
+@torch.inference_mode()
+def test_scales_of_the_pooler():
+    """Those found at an earlier call, as in torchvision, else those of the padded images."""
+    model = copy.deepcopy(model_of("faster"))
+    pooler, expected = model.roi_heads.box_roi_pool, model(images())
+    assert pooler.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    for scales in (pooler.scales, None):
+        pooler.scales = scales
+        check_equal(whole_detector(model)(images()), expected)
+    pooler.scales = [1 / 8, 1 / 16, 1 / 32, 1 / 64]
+    pooler.map_levels = torchvision.ops.poolers.LevelMapper(3, 6, 40)
+    result = whole_detector(model)(images())
+    replace_operators(model)
+    check_equal(result, model(images()))
+
+
+@torch.inference_mode()
+def test_results_own_their_memory():
+    """That of a graph's outputs is written again at its next run."""
+    detector, kept = whole_detector(model_of("mask")), []
+    detect = detector.detect
+    detector.detect = lambda *args: kept.append(detect(*args)) or kept[-1]
+    results = detector(images())
+    copies = copy.deepcopy(results)
+    for output in kept[0]:
+        output.zero_()
+    check_equal(results, copies)
+
+
+def test_equal_scores_keep_their_order():
+    scores, order, found = best(torch.tensor([[1.0, 2.0] * 40, [OUT, 3.0] + [OUT] * 78]), 60)
+    assert order[0].tolist() == [*range(1, 80, 2), *range(0, 40, 2)]
+    assert scores[1].tolist() == [3.0] + [0.0] * 59 and order[1, 0] == 1
+    assert found.sum(1).tolist() == [60, 1]
 
 
 @pytest.mark.parametrize("name", ["mask", "fcos"])
