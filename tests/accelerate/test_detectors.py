@@ -320,6 +320,20 @@ def test_detect_needs_nothing_from_the_host(name):
     assert [(r.shape, r.dtype) for r in results] == [(e.shape, e.dtype) for e in expected]
 
 
+@torch.inference_mode()
+def test_the_transform_needs_nothing_from_the_host():
+    detector = whole_detector(model_of("faster"))
+    expected = detector.prepare(images())
+    wanted = detector.model.transform(images())[0]
+    assert torch.equal(expected[0], wanted.tensors) and expected[1] == wanted.image_sizes
+    with FakeTensorMode():
+        fakes = [torch.empty(image.shape, device="cuda") for image in images()]
+        detector.prepare(fakes)  # copies mean and deviation there
+        with NeverWaits("cuda"):
+            batch, *sizes = detector.prepare(fakes)
+    assert batch.shape == expected[0].shape and tuple(sizes) == expected[1:]
+
+
 @torch.no_grad()
 def test_numbers_from_the_host_are_refused():
     """A number that becomes a tensor on the GPU is a copy that waits, as in torchvision's decoding."""
