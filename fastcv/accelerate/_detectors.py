@@ -23,18 +23,20 @@ def whole_detector(model: nn.Module) -> WholeDetector:
     torchvision asks after each step how many boxes are left, and a GPU idles meanwhile. Here all steps between the
     images and one copy of the numbers of detections to the host have fixed shapes: ``detect``, a function of tensors,
     which a CUDA graph can hold. (What draws masks into images and finds keypoints in heatmaps comes after that copy;
-    the latter is torchvision's, and waits for every person.)
+    the latter is torchvision's, and waits for every person.) On a CPU the model itself does less: it computes no rows
+    that hold nothing.
 
     Args:
         model: ``FasterRCNN``, ``MaskRCNN``, ``KeypointRCNN``, ``RetinaNet``, ``FCOS`` or ``SSD`` of
             torchvision.models.detection, also one that :func:`fastcv.accelerate` made, with any backbone and any
-            heads that are modules. Its parameters are shared.
+            heads that are modules. Its parameters are shared. On a GPU it needs fastcv's compiled CUDA kernels.
 
     Returns:
-        what is called as the model is, and gives the same, to rounding. In training mode, with targets and while
-        gradients are enabled it is the model that is called. Regions are pooled at scales found from the size of the
-        padded batch, or those that the model has found at an earlier call; torchvision finds them from the size
-        without padding, which differs below 80 pixels.
+        what is called as the model is, and gives the same, to rounding; equal scores are in the order of
+        :func:`fastcv.ops.nms_padded`. In training mode, with targets and while gradients are enabled it is the model
+        that is called. Regions are pooled at scales found from the height of the padded batch, or those that the model
+        has found at an earlier call; torchvision finds them from the height without padding, which makes a difference
+        below 80 pixels.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -43,7 +45,7 @@ def whole_detector(model: nn.Module) -> WholeDetector:
     Example::
 
         model = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights="DEFAULT").eval().cuda()
-        detector = fastcv.accelerate.whole_detector(model)
+        detector = fastcv.whole_detector(model)
         with torch.inference_mode():
             detections = detector([image])  # a list of dictionaries, as of the model
     """

@@ -3,7 +3,8 @@
 Each is called with the batch of images after the transform ``[N, 3, H, W]``, their sizes in it and before it (height
 and width, ``[N, 2]``, on the device), and gives ``boxes [N, D, 4]`` in pixels of the original images, ``scores`` and
 ``labels`` ``[N, D]``, ``counts [N]``, and what :attr:`outputs` names besides. D is ``detections_per_img``, or the
-number of candidates where there are fewer. Rows beyond an image's count are zeros and influence no other.
+number of candidates where there are fewer. Rows beyond an image's count influence no other; their boxes, scores and
+labels are zeros.
 
 Detections are those of the model itself, to rounding: the same thresholds (``>=`` for proposals, ``>`` for detections),
 the same candidates before suppression, the same order. Layers are the model's own, called as modules.
@@ -18,12 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ._padded import (
-    ADMITTED,
     OUT,
     anchors_at,
     best,
+    best_unsuppressed,
     chosen,
     clip,
     decode,
@@ -98,16 +98,9 @@ class RCNN:
             levels.append(torch.full_like(indices, level))
         boxes, scores = clip(torch.cat(boxes, 1), sizes), torch.cat(logits, 1).sigmoid()
         admitted = large(boxes, rpn.min_size) & (scores >= rpn.score_thresh)
-        indices = ops.nms_padded(
-            boxes,
-            scores.masked_fill(~admitted, OUT),
-            rpn.nms_thresh,
-            min(rpn._post_nms_top_n["testing"], boxes.shape[1]),
-            idxs=torch.cat(levels, 1),
-            score_threshold=ADMITTED,
-        ).indices
-        found = indices >= 0
-        return chosen(boxes, indices.clamp(min=0), found), found
+        scores, most = scores.masked_fill(~admitted, OUT), rpn._post_nms_top_n["testing"]
+        indices, found = best_unsuppressed(boxes, scores, torch.cat(levels, 1), rpn.nms_thresh, most)
+        return chosen(boxes, indices, found), found
 
     def _detect(
         self, features: dict[str, Tensor], proposals: Tensor, found: Tensor, images: Tensor, sizes: Tensor
@@ -173,16 +166,7 @@ class Dense(_OneStage):
         ]
         boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
         boxes = clip(boxes, sizes)
-        indices = ops.nms_padded(
-            boxes,
-            scores,
-            model.nms_thresh,
-            min(model.detections_per_img, boxes.shape[1]),
-            idxs=labels,
-            score_threshold=ADMITTED,
-        ).indices
-        found = indices >= 0
-        indices = indices.clamp(min=0)
+        indices, found = best_unsuppressed(boxes, scores, labels, model.nms_thresh, model.detections_per_img)
         scores, labels = (x.gather(1, indices).masked_fill(~found, 0) for x in (scores, labels))
         return chosen(boxes, indices, found), scores, labels, found
 

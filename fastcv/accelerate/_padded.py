@@ -83,9 +83,19 @@ def unsuppressed(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return scores.masked_fill(~keep[:, :length], OUT)
 
 
+def best_unsuppressed(
+    boxes: Tensor, scores: Tensor, ids: Tensor, iou_threshold: float, most: int
+) -> tuple[Tensor, Tensor]:
+    """The best of ``boxes [N, K, 4]`` that suppression among those of one id keeps: indices ``[N, D]``, 0 where none is
+    left, and whether there is one."""
+    most = min(most, boxes.shape[1])
+    kept = ops.nms_padded(boxes, scores, iou_threshold, most, idxs=ids, score_threshold=ADMITTED).indices
+    return kept.clamp(min=0), kept >= 0
+
+
 def best(scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of each row of ``scores [N, K]``, equal ones in their order, ``most`` columns or K: scores, 0 where
-    none is left, which they are, and whether there is one."""
+    """The best of each row of ``scores [N, K]``, equal ones in their order: ``[N, D]``, 0 where none is left, their
+    indices, and whether there is one."""
     ranked, order = scores.sort(dim=1, descending=True, stable=True)
     found = ranked[:, :most] > OUT
     return ranked[:, :most].masked_fill(~found, 0), order[:, :most], found
