@@ -2,9 +2,20 @@
 
 from . import nn, ops
 from ._library import build_info
-from .accelerate import accelerate, load_tuning, tune
+from .accelerate import accelerate, load_tuning, tune, whole_detector
 from .interop import patch, patched, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["accelerate", "build_info", "load_tuning", "nn", "ops", "patch", "patched", "tune", "unpatch"]
+__all__ = [
+    "accelerate",
+    "build_info",
+    "load_tuning",
+    "nn",
+    "ops",
+    "patch",
+    "patched",
+    "tune",
+    "unpatch",
+    "whole_detector",
+]

@@ -39,11 +39,22 @@ def emulation(tmp_path_factory):
 @pytest.mark.emulated
 @pytest.mark.parametrize("operator", sorted({path.parent.name for path in SOURCES}))
 def test_passes_the_operators_tests(operator, emulation):
-    files = [str(ROOT / f"tests/ops/test_{name}.py") for name in (operator, *ALSO.get(operator, []))]
+    files = [f"tests/ops/test_{name}.py" for name in (operator, *ALSO.get(operator, []))]
+    check_passes(emulation, DEVICE_TESTS, files)
+
+
+@pytest.mark.emulated
+def test_passes_those_of_whole_detectors(emulation):
+    pytest.importorskip("torchvision")
+    check_passes(emulation, "same_detections", ["tests/accelerate/test_detectors.py"])
+
+
+def check_passes(emulation, select, files):
     arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "backends.cuda_emulation", "-o", "addopts="]
     paths = [ROOT, ROOT / "tests"]
     environment = {"FASTCV_CUDA_EMULATION": str(emulation)}
-    result = run_python([*arguments, "-k", DEVICE_TESTS, *files], paths=paths, environment=environment)
+    files = [str(ROOT / file) for file in files]
+    result = run_python([*arguments, "-k", select, *files], paths=paths, environment=environment)
     output = result.stdout + result.stderr
     assert result.returncode == 0 and " passed" in output, output[-6000:]
     assert int(re.search(r"launches of CUDA kernels: (\d+)", output)[1]) > 0

@@ -15,7 +15,9 @@ from torch import nn
 
 import fastcv
 from fastcv import ops
+from fastcv.accelerate import whole_detector
 from fastcv.accelerate._graphs import Graphs
+from fastcv.demo.detector import same_detections
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -99,6 +101,68 @@ def test_another_stream(detections):
         keep = ops.nms(boxes, scores, 0.5)
     stream.synchronize()
     assert torch.equal(keep.cpu(), ops.nms(boxes.cpu(), scores.cpu(), 0.5))
+
+
+@pytest.fixture
+def detector():
+    detection = pytest.importorskip("torchvision").models.detection
+    torch.manual_seed(0)
+    model = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=320, box_score_thresh=0.0)
+    with torch.no_grad():  # scores further apart than random weights give: equal ones have no order
+        model.rpn.head.cls_logits.weight.mul_(100)
+        model.roi_heads.box_predictor.cls_score.weight.mul_(30)
+    return whole_detector(model.eval().cuda())
+
+
+def photographs():
+    return [torch.rand(3, 200, 260, device="cuda"), torch.rand(3, 240, 200, device="cuda")]
+
+
+def inputs_of(detector, images):
+    batch, *sizes = detector.prepare(images)
+    return batch, *(torch.tensor(pairs, device="cuda") for pairs in sizes)
+
+
+@torch.inference_mode()
+def test_a_whole_detector_waits_once(detector):
+    images = photographs()
+    result = detector(images)
+    inputs = inputs_of(detector, images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        detector.prepare(images)
+        detector.detect(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found, expected in zip(result, detector.model(images), strict=True):
+        same_detections(found, expected)
+
+
+@torch.inference_mode()
+def test_a_whole_detector_in_a_graph(detector):
+    inputs = inputs_of(detector, photographs())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        detector.detect(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = detector.detect(*inputs)
+    for old, new in zip(inputs, inputs_of(detector, photographs()), strict=True):
+        old.copy_(new)
+    graph.replay()
+    for result, expected in zip(outputs, detector.detect(*inputs), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_accelerated_detector_replays_graphs(detector):
+    fast = fastcv.accelerate(detector.model, graphs=True)
+    assert "detections as graphs" in str(fast.fastcv_report)
+    with torch.inference_mode():
+        for images in (photographs(), photographs()[:1], photographs()):
+            for found, expected in zip(fast(images), detector.model(images), strict=True):
+                same_detections(found, expected)
 
 
 # PyTorch's or cuDNN's serve these: kernels of our own are to come.

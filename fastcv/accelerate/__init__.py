@@ -17,11 +17,12 @@ from torch import nn
 from .._library import cpu_loaded
 from ._capture import capture
 from ._detection import replace_operators
+from ._detectors import WholeDetector, replay_detections, whole_detector
 from ._program import Settings
 from ._report import Report
 from ._tune import load_tuning, tune
 
-__all__ = ["Report", "accelerate", "load_tuning", "tune"]
+__all__ = ["Report", "WholeDetector", "accelerate", "load_tuning", "tune", "whole_detector"]
 
 
 def accelerate(
@@ -56,7 +57,8 @@ def accelerate(
             (detectors, segmentation), half again as long and more for one image of 224 pixels. On the CPU only.
         graphs: on CUDA devices record each part as a CUDA graph at the first call with a size of inputs, and replay it
             at later ones, as one launch instead of one for each kernel. 16 sizes are kept, with memory for the largest.
-            Elsewhere it changes nothing.
+            Detectors of torchvision (those of :func:`fastcv.whole_detector`) become one graph from the padded batch to
+            the detections. Elsewhere it changes nothing.
 
     Returns:
         A module in evaluation mode with the same class, attributes, state dict and outputs (to rounding), and the
@@ -103,5 +105,7 @@ def accelerate(
     settings = Settings("bfloat16" if dtype == torch.bfloat16 else precision, low_memory, dtype, graphs)
     capture(model, "", report, keep_strides, settings)
     report.operators = replace_operators(model)
+    if graphs and on_cuda:
+        replay_detections(model, report)
     model.fastcv_report = report
     return model

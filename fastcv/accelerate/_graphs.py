@@ -77,6 +77,13 @@ class Graphs:
         with self._lock:
             self._kept.clear()
 
+    def __getstate__(self):
+        """A copy records its own."""
+        return self.function, self.most
+
+    def __setstate__(self, state):
+        self.__init__(*state)
+
     def _recorded(self, tensors: tuple[Tensor, ...], device: torch.device) -> Recorded:
         if len(self._kept) >= self.most:
             self._kept.popitem(last=False)

@@ -65,7 +65,7 @@ class _Replayed(NamedTuple):
     run: Graphs
 
 
-class _State:
+class ModelState:
     """Parameters as they were. Small networks feel how long it takes to look at them."""
 
     def __init__(self, refs: list[Ref]):
@@ -104,7 +104,7 @@ class Program(nn.Module):
         self.listing = listing
         self.convolutions = sum(step.op in CONVOLUTIONS for step in listing.steps)
         self._refs = list({r.key: r for step in listing.steps for r in step.refs()}.values())
-        self._latest: tuple[_Loaded | OnDevice | _Replayed, _State] | None = None
+        self._latest: tuple[_Loaded | OnDevice | _Replayed, ModelState] | None = None
         self._lock = Lock()
 
     def forward(self, *inputs: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
@@ -120,8 +120,8 @@ class Program(nn.Module):
                     latest = self._latest = self._load(device)
         return latest[0].run(*inputs)
 
-    def _load(self, device: torch.device) -> tuple[_Loaded | OnDevice | _Replayed, _State]:
-        state = _State(self._refs)  # before they are read: what changes meanwhile is seen at the next call
+    def _load(self, device: torch.device) -> tuple[_Loaded | OnDevice | _Replayed, ModelState]:
+        state = ModelState(self._refs)  # before they are read: what changes meanwhile is seen at the next call
         for r in self._refs:
             weight = r.get()
             if weight is not None and weight.device != device:

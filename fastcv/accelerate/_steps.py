@@ -37,6 +37,12 @@ def ref(module: nn.Module, name: str) -> Ref:
     return Ref(module._parameters if name in module._parameters else module._buffers, name)
 
 
+def all_refs(model: nn.Module) -> list[Ref]:
+    """Each parameter and buffer of a model."""
+    owners = [owner for module in model.modules() for owner in (module._parameters, module._buffers)]
+    return [Ref(owner, name) for owner in owners for name in owner]
+
+
 class Affine:
     """``x * scale + shift`` for each channel: a norm with fixed statistics, or a parameter that scales channels."""
 

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastcv
+from fastcv.accelerate import _graphs
+from fastcv.accelerate._graphs import Recorded
 
 
 class Function(nn.Module):
@@ -171,3 +173,23 @@ def randomise_norms(model):
 
 def programs(fast):
     return [p for part in fast.fastcv_report.parts for p in part.programs]
+
+
+def without_gpu(monkeypatch):
+    """Graphs of functions on the CPU, which compute over static memory; gives the shapes of what is recorded."""
+    made = []
+
+    def record(function, tensors, pool):
+        inputs = tuple(torch.empty_like(t) for t in tensors)
+        outputs = tuple(function(*tensors))
+        made.append([tuple(t.shape) for t in tensors])
+
+        def replay():
+            for static, result in zip(outputs, function(*inputs), strict=True):
+                static.copy_(result)
+
+        return Recorded(inputs, outputs, replay)
+
+    monkeypatch.setattr(_graphs, "_record", record)
+    monkeypatch.setattr(_graphs, "_applies", lambda tensors: not torch.is_grad_enabled())
+    return made

@@ -4,35 +4,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from program_cases import programs, randomise_norms
+from program_cases import programs, randomise_norms, without_gpu
 from torch import nn
 
 import fastcv
 from fastcv.accelerate import _device, _graphs, _program
-from fastcv.accelerate._graphs import Graphs, Recorded
+from fastcv.accelerate._graphs import Graphs
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def records(monkeypatch):
-    """The shapes of what was recorded."""
-    made = []
-
-    def record(function, tensors, pool):
-        inputs = tuple(torch.empty_like(t) for t in tensors)
-        outputs = tuple(function(*tensors))
-        made.append([tuple(t.shape) for t in tensors])
-
-        def replay():
-            for static, result in zip(outputs, function(*inputs), strict=True):
-                static.copy_(result)
-
-        return Recorded(inputs, outputs, replay)
-
-    monkeypatch.setattr(_graphs, "_record", record)
-    monkeypatch.setattr(_graphs, "_applies", lambda tensors: not torch.is_grad_enabled())
-    return made
+    return without_gpu(monkeypatch)
 
 
 def double(x, y):

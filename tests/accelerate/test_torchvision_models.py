@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastcv
+from fastcv.accelerate import whole_detector
 
 torchvision = pytest.importorskip("torchvision")
 pytestmark = pytest.mark.slow
@@ -86,7 +87,11 @@ def test_detections(name):
     with torch.inference_mode():
         expected = model([image])[0]
         fast([image])
-        result = fast([image])[0]
+        check_detections(fast([image])[0], expected)
+        check_detections(whole_detector(model)([image])[0], expected)
+
+
+def check_detections(result, expected):
     assert result.keys() == expected.keys() and len(expected["labels"]) > 0
     assert abs(len(result["labels"]) - len(expected["labels"])) <= 0.05 * len(expected["labels"])
     # Every detection has its like; a few lie on the edge of a threshold.
