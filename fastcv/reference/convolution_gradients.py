@@ -7,16 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def check_sizes(
+def check_arguments(
     grad: Tensor, input: Tensor, size: list[int], groups: int, stride: list[int], padding: list[int],
     dilation: list[int],
 ) -> list[int]:  # fmt: skip
-    """Raises where ``grad`` is not of an output; else the pixels that the input has below and right of the last taps,
-    as output padding of the transposed convolution."""
+    """Raises where ``grad`` is not of an output of ``input``; else the rows and columns that the input has beyond the
+    last taps, as output padding of the transposed convolution."""
     if grad.dim() != 4 or input.dim() != 4 or grad.shape[0] != input.shape[0]:
         raise RuntimeError(
             "grad, input: expected shapes [N, K, OH, OW] and [N, C, H, W] with one N, "
             f"got {list(grad.shape)} and {list(input.shape)}"
+        )
+    if grad.dtype != input.dtype or grad.device != input.device:
+        raise RuntimeError(
+            f"grad: expected the type and device of input, {input.dtype} and {input.device}, "
+            f"got {grad.dtype} and {grad.device}"
         )
     numbers = (*size, *stride, *dilation, *(p + 1 for p in padding))
     if [len(n) for n in (size, stride, padding, dilation)] != [2] * 4 or min(numbers) < 1:
@@ -42,12 +47,7 @@ def conv2d_weight_gradient(
 ) -> Tensor:  # fmt: skip
     """``grad`` may lack last rows and columns: an output padding of ``stride`` and more is possible where the dilation
     is larger, and is there for the transposed convolution, whose output is ``input`` here."""
-    extra = check_sizes(grad, input, size, groups, stride, padding, dilation)
-    if grad.dtype != input.dtype or grad.device != input.device:
-        raise RuntimeError(
-            f"grad: expected the type and device of input, {input.dtype} and {input.device}, "
-            f"got {grad.dtype} and {grad.device}"
-        )
+    extra = check_arguments(grad, input, size, groups, stride, padding, dilation)
     rows, columns = (e // s for e, s in zip(extra, stride, strict=True))
     if rows or columns:
         grad = F.pad(grad, (0, columns, 0, rows))
