@@ -18,7 +18,7 @@ from ..reference.convolution_gradients import check_arguments
 from ._convolution import MOST, TYPES, Plan, allows_tf32, check, check_geometry, is_depthwise, strides_of
 from ._weight_depthwise import weight_depthwise
 from ._weight_gemm import weight_gemm
-from ._weight_gradient import WeightProblem
+from ._weight_gradient import WeightProblem, finish_weights_launch
 
 
 def conv2d_weight_gradient(
@@ -97,11 +97,11 @@ _EXAMPLES = {
         torch.float32, 8, 72, 56, 56, 72, 5, padding=2, groups=72, channels_last=False
     ),
 }
-_FINISHED = {
-    "3x3, 256 to 256: 7 parts; 18 MB, 4 us": _EXAMPLES["3x3, 256 to 256, 8 images of 50 x 68; 41 us of products"],
-    "depthwise 3x3, 144: 175 parts; 1 MB": _EXAMPLES["depthwise 3x3, 32 images, 144, 56 x 56; 58 MB, 13 us"],
+_SUMS = {  # an example, the parts of its sums, and their channels
+    "3x3, 256 to 256: 7 parts; 18 MB, 4 us": (next(iter(_EXAMPLES.values())), 7, 256),
+    "depthwise 3x3, 144: 175 parts; 1 MB": (_example(torch.float16, 32, 144, 56, 56, 144, 3, groups=144), 175, 144),
 }
 VARIANTS = [
     plan(p).launches[0].variant(p.dtype, note, matrix=p.dtype != torch.float64 and not is_depthwise(p.channels, 1))
     for note, p in _EXAMPLES.items()
-] + [plan(p).launches[1].variant(p.dtype, note) for note, p in _FINISHED.items()]
+] + [finish_weights_launch(p, *rest).variant(p.dtype, note) for note, (p, *rest) in _SUMS.items()]
