@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..reference.convolution_gradients import check_arguments
 from ._convolution import MOST, TYPES, Plan, allows_tf32, check, check_geometry, is_depthwise, strides_of
+from ._launch import Variant
 from ._weight_depthwise import weight_depthwise
 from ._weight_gemm import weight_gemm
 from ._weight_gradient import WeightProblem, finish_weights_launch
@@ -101,7 +102,14 @@ _SUMS = {  # an example, the parts of its sums, and their channels
     "3x3, 256 to 256: 7 parts; 18 MB, 4 us": (next(iter(_EXAMPLES.values())), 7, 256),
     "depthwise 3x3, 144: 175 parts; 1 MB": (_example(torch.float16, 32, 144, 56, 56, 144, 3, groups=144), 175, 144),
 }
-VARIANTS = [
-    plan(p).launches[0].variant(p.dtype, note, matrix=p.dtype != torch.float64 and not is_depthwise(p.channels, 1))
-    for note, p in _EXAMPLES.items()
-] + [finish_weights_launch(p, *rest).variant(p.dtype, note) for note, (p, *rest) in _SUMS.items()]
+
+
+def _variant(p: WeightProblem, note: str) -> Variant:
+    launch = plan(p).launches[0]
+    # Of float64, and of fewer than 64 rows, the newer matrix instructions have none.
+    matrix = p.dtype != torch.float64 and launch.constants.get("BLOCK_M", 0) >= 64
+    return launch.variant(p.dtype, note, matrix)
+
+
+VARIANTS = [_variant(p, note) for note, p in _EXAMPLES.items()]
+VARIANTS += [finish_weights_launch(p, *rest).variant(p.dtype, note) for note, (p, *rest) in _SUMS.items()]
