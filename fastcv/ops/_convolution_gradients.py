@@ -8,7 +8,7 @@ all derivatives of convolutions are made of these; elsewhere weights' are torch'
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import reference
 from .._library import LIBRARY, define
@@ -32,15 +32,20 @@ def conv2d(input: Tensor, weight: Tensor, groups, stride, padding, dilation) -> 
     return operator(input, weight, None, None, None, groups, stride, padding, dilation, "none", 0.0, "auto")
 
 
-def conv2d_transposed(grad: Tensor, weight: Tensor, size, groups, stride, padding, dilation) -> Tensor:
-    """The gradient of conv2d's input, which is of ``size``."""
-    on_triton = _convolution.on_triton("auto", grad, weight)
-    operator = torch.ops.fastcv.conv_transpose2d if on_triton else reference.conv_transpose2d.conv_transpose2d
+def conv2d_transposed(
+    grad: Tensor, weight: Tensor, size, groups, stride, padding, dilation, at_rest: bool = False
+) -> Tensor:
+    """The gradient of conv2d's input, which is of ``size``. Weights ``at_rest`` are laid out once."""
     options = zip(size, grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     extra = [n - (o - 1) * s + 2 * p - d * (k - 1) - 1 for n, o, k, s, p, d in options]
-    return operator(
-        grad, weight, None, None, None, groups, stride, padding, extra, dilation, "none", 0.0, "auto"
-    )  # fmt: skip
+    if at_rest:
+        from .conv_transpose2d import conv_transpose2d  # which needs this file
+
+        with torch.autocast(grad.device.type, enabled=False):
+            return conv_transpose2d(grad, weight, None, stride, padding, extra, groups, dilation)
+    on_triton = _convolution.on_triton("auto", grad, weight)
+    operator = torch.ops.fastcv.conv_transpose2d if on_triton else reference.conv_transpose2d.conv_transpose2d
+    return operator(grad, weight, None, None, None, groups, stride, padding, extra, dilation, "none", 0.0, "auto")
 
 
 def convolution_gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry, needs) -> list[Tensor | None]:
@@ -52,7 +57,8 @@ def convolution_gradients(grad: Tensor, input: Tensor, weight: Tensor, geometry,
         d_input = conv2d(grad, weight, *options)
         gradients[0] = d_input[:, :, : input.shape[2], : input.shape[3]]  # more where output_padding >= stride
     elif needs[0]:
-        gradients[0] = conv2d_transposed(grad, weight, input.shape[2:], *options)
+        at_rest = not needs[1] and type(weight) in (Tensor, nn.Parameter)
+        gradients[0] = conv2d_transposed(grad, weight, input.shape[2:], *options, at_rest)
     if needs[1]:
         pair = (input, grad) if output_padding else (grad, input)
         last = torch._prims_common.suggest_memory_format(weight) == torch.channels_last

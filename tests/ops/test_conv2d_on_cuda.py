@@ -13,7 +13,6 @@ from conv_cases import FORMATS, ON_TRITON, error
 
 from fastcv import ops
 from fastcv._library import implementation, triton_kernel
-from fastcv.ops import _convolution
 from fastcv.ops._layouts import kept
 from fastcv.reference.conv2d import ACTIVATIONS
 
@@ -214,10 +213,10 @@ def test_wrong_arguments(transposed):
 def test_functions(name, theirs, dtype, monkeypatch):
     """What they add: weights prepared once, those that are trained at every call."""
     if DEVICE == "cpu":
-        module = importlib.import_module(f"fastcv.ops.{name}")
-        monkeypatch.setattr(module, "on_kernels", lambda *tensors: False)
-        for place in (module, _convolution):
-            monkeypatch.setattr(place, "on_triton", lambda kernel, *tensors: kernel == "auto")
+        for module in ("conv2d", "conv_transpose2d", "_convolution"):
+            module = importlib.import_module(f"fastcv.ops.{module}")
+            monkeypatch.setattr(module, "on_kernels", lambda *tensors: False)
+            monkeypatch.setattr(module, "on_triton", lambda kernel, *tensors: kernel == "auto")
     ours, x = getattr(ops, name), torch.randn(2, 32, 9, 9).to(DEVICE, dtype)
     weight = torch.randn(32, 32, 3, 3).to(DEVICE, dtype)
     double = x.double().requires_grad_()
@@ -231,6 +230,7 @@ def test_functions(name, theirs, dtype, monkeypatch):
     assert "Derivative" in type(out.grad_fn).__name__
     gradient, expected = torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(expected.sum(), double)[0]
     assert error(gradient, expected) < 10 * TOLERANCES[dtype]
+    assert len(kept[id(weight)].layouts) == 2  # the other for the gradient
     trained, double = torch.nn.Parameter(weight), weight.double().requires_grad_()
     out = ours(x, trained, None, 1, 1, activation="relu")
     assert "Derivative" in type(out.grad_fn).__name__ and id(trained) not in kept
