@@ -230,8 +230,8 @@ def implicit_gemm_kernel(
 
 
 class Tile(NamedTuple):
-    pixels: int
-    outputs: int
+    rows: int
+    columns: int
     depth: int
     num_warps: int
     num_stages: int
@@ -302,7 +302,7 @@ def implicit_gemm(p: Problem) -> Plan:
     one_by_one = not has_neighbours(p.input_strides) or vector * itemsize < (16 if flat else 8)
     one_by_one |= flat and p.transposed  # the weights
     tile = _tile(pixels, outputs, p.groups * phases, channels * taps if flat else channels, itemsize, one_by_one)
-    tiles = ceil_div(pixels, tile.pixels), ceil_div(outputs, tile.outputs)
+    tiles = ceil_div(pixels, tile.rows), ceil_div(outputs, tile.columns)
     programs = phases * p.groups * math.prod(tiles)
     steps = ceil_div(channels * taps, tile.depth) if flat else ceil_div(channels, tile.depth) * taps
     splits = max(1, min(PROCESSORS // programs, steps // phases // LEAST_STEPS))
@@ -316,7 +316,7 @@ def implicit_gemm(p: Problem) -> Plan:
         KERNEL_H=p.size[0], KERNEL_W=p.size[1], TRANSPOSED=p.transposed, SPLIT=splits > 1,
         CHANNELS_LAST=has_neighbours(p.input_strides), FLAT=channels if flat else 0, EVEN=channels % tile.depth == 0,
         VECTOR=vector, OUT_VECTOR=out_vector, PRECISION=precision(p.dtype, p.tf32),
-        BLOCK_M=tile.pixels, BLOCK_N=tile.outputs, BLOCK_K=tile.depth, **epilogue_constants(p),
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, **epilogue_constants(p),
     )  # fmt: skip
     bias, residual = "bias" if p.bias else None, None if p.residual_strides is None else "residual"
     tensors = dict(x="input", weight="weight", bias=bias, residual=residual, out="sums" if splits > 1 else "out")

@@ -123,7 +123,9 @@ def weight_gemm_kernel(
         else:
             sums = tl.dot(a, b, sums, input_precision="tf32" if PRECISION == "tf32" else "ieee", out_dtype=SUM)
 
-    mask = (k < outputs)[:, None] & tl.trans(some) if not CHANNELS_LAST else (k < outputs)[:, None] & some
+    if not CHANNELS_LAST:
+        some = tl.trans(some)
+    mask = (k < outputs)[:, None] & some
     k += group * outputs
     if SPLIT or OUT_CHANNELS_LAST:
         at = (k + split * groups * outputs)[:, None] * (KERNEL_H * KERNEL_W * channels)
@@ -178,9 +180,9 @@ def weight_gemm(p: WeightProblem) -> Plan:
     grad_vector, grad_strides = in_vectors(p.dtype, p.grad_strides, p.outputs)
     last, grad_last = has_neighbours(p.input_strides), has_neighbours(p.grad_strides)
     flat = _is_flat(p)
-    few = min(vector if last else 1, grad_vector if grad_last else 1) * p.dtype.itemsize < 8
-    tile, part = _tile(p, flat, few)
-    tiles = ceil_div(p.outputs, tile.pixels), _columns(p, flat, tile.outputs)
+    one_by_one = min(vector if last else 1, grad_vector if grad_last else 1) * p.dtype.itemsize < 8
+    tile, part = _tile(p, flat, one_by_one)
+    tiles = ceil_div(p.outputs, tile.rows), _columns(p, flat, tile.columns)
     steps = ceil_div(p.pixels, tile.depth)
     parts = ceil_div(steps, part)
     numbers = (
@@ -192,7 +194,7 @@ def weight_gemm(p: WeightProblem) -> Plan:
         KERNEL_H=p.size[0], KERNEL_W=p.size[1], SPLIT=parts > 1, OUT_CHANNELS_LAST=p.channels_last,
         CHANNELS_LAST=last, GRAD_CHANNELS_LAST=grad_last, VECTOR=vector, GRAD_VECTOR=grad_vector, FLAT=flat,
         WIDE=is_wide(p, parts), PRECISION=precision(p.dtype, p.tf32),
-        BLOCK_M=tile.pixels, BLOCK_N=tile.outputs, BLOCK_K=tile.depth,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
     )  # fmt: skip
     tensors = dict(x="input", grad="grad", out="sums" if parts > 1 else "out")
     launch = Launch(
