@@ -119,6 +119,33 @@ CONVOLUTIONS = [
 ]  # fmt: skip
 
 
+def _trained(layer, dtype, wanted: int):
+    """The arguments of a layer, of which one needs its gradient."""
+    arguments = _layer(*layer, dtype)
+    arguments[wanted].requires_grad_()
+    return arguments
+
+
+def _agree(result, expected):
+    for ours, theirs in zip(result, expected, strict=True):
+        assert (ours - theirs).abs().max() <= (1e-4 if ours.dtype == torch.float32 else 0.01) * theirs.abs().max()
+
+
+CONVOLUTIONS += [
+    Case("conv2d", f"gradient of the {what}, {layer[0]} to {layer[2]}, {layer[3]}x{layer[3]}/{layer[4]}, "
+         f"{layer[1]} pixels, {groups}{name}", lambda a=(layer, dtype, wanted): _trained(*a),
+         _pair(ops.conv2d, F.conv2d, "cuDNN", backward), agree=_agree)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
+    for layer, groups in (
+        (LAYERS["VGG-16"][0], ""), (LAYERS["VGG-16"][2], ""), (LAYERS["VGG-16"][3], ""), (LAYERS["ResNet-50"][0], ""),
+        (LAYERS["ResNet-50"][3], ""), (LAYERS["ResNet-50"][5], ""), (LAYERS["ResNet-50"][11], ""),
+        ((128, 56, 128, 3, 1, 32), "32 groups, "), (LAYERS["MobileNet"][1], "depthwise, "),
+        (LAYERS["MobileNet"][2], "depthwise, "),
+    )
+    for what, wanted in (("input", 0), ("weight", 1))
+]  # fmt: skip
+
+
 def _block(channels: int, size: int):
     x, weight, *_ = _layer(channels, size, channels, 3, 1, 1, torch.bfloat16)
     return x, weight, torch.randn(channels, dtype=torch.bfloat16), torch.randn_like(x)

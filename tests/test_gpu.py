@@ -15,6 +15,7 @@ from torch import nn
 
 import fastcv
 from fastcv import ops
+from fastcv._library import triton_kernel
 from fastcv.accelerate import whole_detector
 from fastcv.accelerate._graphs import Graphs
 from fastcv.demo.detector import same_detections
@@ -92,6 +93,22 @@ def test_gradients_of_regions_are_the_same_bits():
             assert torch.equal(first, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("groups", [1, 64])
+def test_gradients_of_weights_are_the_same_bits(groups):
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 56, 56, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    kernel, grad = triton_kernel("conv2d_weight_gradient"), torch.randn_like(x)
+    options = [3, 3], groups, [1, 1], [1, 1], [1, 1], True
+    first = kernel(grad, x, *options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        others = [kernel(grad, x, *options) for _ in range(100)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_another_stream(detections):

@@ -64,6 +64,7 @@ CALLS = {
     ],
     "conv2d_prepare": [(WEIGHT, 2, *GEOMETRY, "gemm")],
     "conv2d_input_gradient": [(torch.randn(2, 3, 10, 7), torch.randn(3, 5, 3, 4), [1, 2], "gemm")],
+    "conv2d_weight_gradient": [(torch.randn(5, 8, 7, 6), FEATURE, (2, 2), 2, *GEOMETRY, True)],
     "conv2d_kernel": [(FEATURE, WEIGHT, 2, *GEOMETRY)],
     "conv_transpose2d": [
         (FEATURE, TRANSPOSED, BIAS, None, None, 2, *TRANSPOSED_GEOMETRY, "silu", 0.3, "auto"),

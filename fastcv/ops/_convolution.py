@@ -24,12 +24,10 @@ def on_kernels(*tensors: Tensor | None) -> bool:
 
 
 def on_triton(kernel: str, *tensors: Tensor | None) -> bool:
-    """Whether Triton's kernels take these, which they do on request: on a CUDA device, of one type, nothing trained."""
+    """Whether Triton's kernels take these, which they do on request: on a CUDA device, of one type."""
     if kernel != "auto" or "conv2d" not in _library._from_triton:
         return False
-    input, weight, *_ = tensors
-    alike = all(t is None or (t.is_cuda and t.dtype is input.dtype) for t in tensors)
-    return alike and not (weight.requires_grad and torch.is_grad_enabled())
+    return all(t is None or (t.is_cuda and t.dtype is tensors[0].dtype) for t in tensors)
 
 
 def tracing() -> bool:
@@ -99,18 +97,35 @@ def slope_of(activation: str, x: Tensor, slope: float) -> Tensor:
     return s * (1 - s) if activation == "sigmoid" else s * (1 + x * (1 - s))
 
 
+def _shows_slope(activation: str, slope: float) -> bool:
+    """Whether the output of an activation tells its derivative: it is above 0 (and below 6) just where its input is."""
+    return activation in ("relu", "relu6") or (activation == "leaky_relu" and slope >= 0)
+
+
+def _times_shown_slope(values: Tensor, activation: str, output: Tensor, slope: float) -> Tensor:
+    """``values`` times the derivative, in one pass."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(values, output, 0)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(values, output, 0, 6)
+    return torch.ops.aten.leaky_relu_backward(values, output, slope, True)
+
+
 def register_convolution(name: str, input_gradient: Callable) -> None:
     """Derivatives of ``fastcv::name(input, weight, bias, residual, prepared, *geometry, activation, slope, kernel)``.
 
     ``geometry`` is groups, stride, padding and dilation; of a transposed convolution with output padding before the
     last. ``input_gradient(grad, input, weight, geometry, needs_input_grad)`` gives the gradient of the input, or None
-    where it is torch's. Those of weight and bias are always torch's.
+    where it is torch's. Those of weight and bias are torch's as well, but all are Triton's where the convolution is.
     """
+    from ._convolution_gradients import convolution_gradients  # which needs on_triton
+
     op = getattr(torch.ops.fastcv, name)
 
     def setup(ctx, inputs, output):
         input, weight, bias, residual, _, *ctx.geometry, ctx.activation, ctx.slope, ctx.kernel = inputs
-        ctx.save_for_backward(input, weight, bias, residual)
+        ctx.shows_slope = on_triton(ctx.kernel, input, weight) and _shows_slope(ctx.activation, ctx.slope)
+        ctx.save_for_backward(input, weight, bias, output if ctx.shows_slope else residual)
         ctx.save_for_forward(input, weight, bias, residual)
 
     def linear(ctx, *tensors):
@@ -122,14 +137,19 @@ def register_convolution(name: str, input_gradient: Callable) -> None:
         return values * slope_of(ctx.activation, linear(ctx, *ctx.saved_tensors), ctx.slope)
 
     def backward(ctx, grad):
-        input, weight, bias, _ = ctx.saved_tensors
+        input, weight, bias, output = ctx.saved_tensors
         groups, stride, padding, *output_padding, dilation = ctx.geometry
         needs = ctx.needs_input_grad
-        grad = times_slope(ctx, grad)
+        if ctx.shows_slope:
+            grad = _times_shown_slope(grad, ctx.activation, output, ctx.slope)
+        else:
+            grad = times_slope(ctx, grad)
         d_input = input_gradient(grad, input, weight, ctx.geometry, needs) if needs[0] else None
         mask = [needs[0] and d_input is None, needs[1], bias is not None and needs[2]]
         d_others = [None] * 3
-        if any(mask):
+        if on_triton(ctx.kernel, grad, input, weight):
+            d_others = convolution_gradients(grad, input, weight, ctx.geometry, mask)
+        elif any(mask):
             sizes = None if bias is None else list(bias.shape)
             transposed = (True, *output_padding) if output_padding else (False, [0, 0])
             gradients = torch.ops.aten.convolution_backward(

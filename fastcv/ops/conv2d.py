@@ -2,14 +2,14 @@
 
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
 Other types and devices run on torch's convolution, followed by the epilogue; CUDA devices, where ``FASTCV_TRITON``
-asks for it and weights are not trained, on kernels in Triton, in all floating types.
+asks for it, on kernels in Triton, in all floating types and with all gradients.
 
 Weights are laid out for their kernel once, and kept while the weight tensor lives and is not changed: an optimiser's
 step or ``load_state_dict`` is noticed (by ``Tensor._version``), writing in place through ``.data`` or NumPy is not.
 Weights that are being trained (that need a gradient, with gradients enabled) change at every step: they are laid out at
-each call and not kept, where the convolution gains more than that takes (3x3, stride 1, pixels enough), and run on
-torch's convolution elsewhere. So does the gradient of the input; those of weight and bias are always torch's. Shapes
-alone decide, not the number of threads, of which results must not depend.
+each call and not kept, on the CPU where the convolution gains more than that takes (3x3, stride 1, pixels enough), and
+run on torch's convolution elsewhere. So does the gradient of the input; those of weight and bias are torch's there.
+Shapes alone decide, not the number of threads, of which results must not depend.
 """
 
 from __future__ import annotations
@@ -176,8 +176,10 @@ def conv2d(
             )
         call = _make_call(input, weight, geometry, activation, kernel)
         if call is None:
-            by_plan = implementation("conv2d", "cuda") == "plan"  # which may choose torch's kernel: nothing to keep
-            prepared = None if by_plan else prepared_weight(weight, *geometry, kernel)
+            # Not of weights that change at each step, nor for a plan, which may choose torch's kernel.
+            trains = weight.requires_grad and torch.is_grad_enabled()
+            keeps = not trains and implementation("conv2d", "cuda") != "plan"
+            prepared = prepared_weight(weight, *geometry, kernel) if keeps else None
             return torch.ops.fastcv.conv2d(
                 input, weight, bias, residual, prepared, *geometry, activation, negative_slope, kernel
             )

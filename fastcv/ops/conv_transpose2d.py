@@ -2,7 +2,7 @@
 
 In float32 on the CPU it runs on fastcv's kernels, channels-last; a contiguous input is converted, and its result back.
 Other types and devices run on torch's transposed convolution, followed by the epilogue; so do weights that are being
-trained. What :mod:`fastcv.ops.conv2d` says of prepared weights and of kernels in Triton holds here too.
+trained on the CPU. What :mod:`fastcv.ops.conv2d` says of prepared weights and of kernels in Triton holds here too.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ def conv_transpose2d(
     geometry, chosen, layout = call
     rest = (*geometry, activation, negative_slope)
     trains = kernel == "auto" and weight.requires_grad and torch.is_grad_enabled()
+    if trains and chosen == "auto":  # Triton's
+        return torch.ops.fastcv.conv_transpose2d(input, weight, bias, residual, None, *rest, chosen)
     if trains or chosen == "torch":
         return _reference.conv_transpose2d(input, weight, bias, residual, None, *rest, "")
     prepared = kept_layout(

@@ -6,6 +6,7 @@ from . import box_iou_rotated as box_iou_rotated
 from . import conv2d as conv2d
 from . import conv2d_local as conv2d_local
 from . import conv_transpose2d as conv_transpose2d
+from . import convolution_gradients as convolution_gradients
 from . import deform_conv2d as deform_conv2d
 from . import gram_matrix as gram_matrix
 from . import interpolate as interpolate

@@ -55,7 +55,7 @@ class Launch(NamedTuple):
     kernel: triton.JITFunction
     programs: int
     tensors: dict[str, str | None]
-    """Parameters of the kernel, and which tensor each is: a parameter of ``run``, or ``"sums"``."""
+    """Parameters of the kernel, and which tensor each is: one that ``run`` is given, or ``"sums"``."""
     numbers: dict[str, int]
     constants: dict[str, object]
     num_warps: int = 4
@@ -79,8 +79,8 @@ class Plan(NamedTuple):
     sums: int
     """Elements of the sums between two launches."""
 
-    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-        tensors = dict(input=input, weight=weight, bias=bias, residual=residual, out=out)
+    def run(self, input: Tensor, **tensors: Tensor | None) -> None:
+        tensors["input"] = input
         if self.sums:
             tensors["sums"] = torch.empty(self.sums, dtype=sum_type(input.dtype), device=input.device)
         with on_device_of(input):
@@ -112,10 +112,10 @@ def has_neighbours(strides: tuple[int, ...] | None) -> bool:
     return strides is not None and strides[1] == 1
 
 
-def in_vectors(p: Problem, strides: tuple[int, ...] | None, channels: int) -> tuple[int, tuple[int, ...]]:
+def in_vectors(dtype: torch.dtype, strides: tuple[int, ...] | None, channels: int) -> tuple[int, tuple[int, ...]]:
     """The length of vectors, up to 16 bytes, in which runs of ``channels`` can be read or written, and the strides of
     the tensor, if there is one: in vectors, where it has the channels side by side."""
-    lanes = 16 // p.dtype.itemsize
+    lanes = 16 // dtype.itemsize
     if strides is None or not has_neighbours(strides):
         return math.gcd(channels, lanes), strides or (0,) * 4
     vector = math.gcd(channels, lanes, strides[0], *strides[2:])
@@ -175,8 +175,8 @@ def is_depthwise(channels: int, outputs: int) -> bool:
 
 # ---- from arguments to problems ------------------------------------------------------------------
 
-_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MOST = 2**31 - 1
+TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MOST = 2**31 - 1
 
 
 def check(ok: bool, message: str) -> None:
@@ -195,8 +195,8 @@ def check_geometry(groups: int, stride: list[int], padding: list[int], dilation:
         "stride, padding, dilation: expected two positive numbers each, of padding zeros as well",
     )
     numbers = (*stride, *padding, *(d * (k - 1) + 1 for d, k in zip(dilation, size, strict=True)))
-    check(max(numbers) <= _MOST, "stride, padding, dilation: expected numbers, and a reach of the kernel, below 2^31")
-    check(0 < groups <= _MOST, f"groups: expected a positive number below 2^31, got {groups}")
+    check(max(numbers) <= MOST, "stride, padding, dilation: expected numbers, and a reach of the kernel, below 2^31")
+    check(0 < groups <= MOST, f"groups: expected a positive number below 2^31, got {groups}")
 
 
 def make_problem(
@@ -205,9 +205,9 @@ def make_problem(
     activation: str, slope: float,
 ) -> Problem:  # fmt: skip
     """Checks what kernels rely on where they access memory; ``weight`` is laid out for them."""
-    check(input.dtype in _TYPES, f"input: expected float32, float64, float16 or bfloat16, got {input.dtype}")
+    check(input.dtype in TYPES, f"input: expected float32, float64, float16 or bfloat16, got {input.dtype}")
     check(
-        min(out_size) > 0 and max(out_size) <= _MOST,
+        min(out_size) > 0 and max(out_size) <= MOST,
         f"input: {input.shape[2]} x {input.shape[3]} with its padding is smaller than the kernel, or too large",
     )
     shape = (input.shape[0], outputs, *out_size)
@@ -220,15 +220,19 @@ def make_problem(
         check(same, f"{name}: expected the type and device of input, {input.dtype} and {input.device}")
     check(activation in ACTIVATIONS, f'activation: "{activation}" is unknown')
     last = torch._prims_common.suggest_memory_format(input) == torch.channels_last
-    tf32 = input.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    residual_strides = None if residual is None else strides_of(residual)
     return Problem(
-        input.dtype, tuple(input.shape), _strides(input), shape, last, None if residual is None else _strides(residual),
-        bias is not None, tuple(size), groups, tuple(stride), tuple(padding), tuple(dilation), transposed, activation,
-        slope, tf32,
+        input.dtype, tuple(input.shape), strides_of(input), shape, last, residual_strides, bias is not None,
+        tuple(size), groups, tuple(stride), tuple(padding), tuple(dilation), transposed, activation, slope,
+        allows_tf32(input),
     )  # fmt: skip
 
 
-def _strides(t: Tensor) -> tuple[int, ...]:
+def allows_tf32(input: Tensor) -> bool:
+    return input.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def strides_of(t: Tensor) -> tuple[int, ...]:
     """Zero where a dimension has one element, whose stride means nothing."""
     return tuple(s if n > 1 else 0 for s, n in zip(t.stride(), t.shape, strict=True))
 

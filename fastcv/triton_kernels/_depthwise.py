@@ -128,8 +128,8 @@ if INTERPRETED:
 
 def depthwise(p: Problem) -> Plan:
     """The weight lies as ``[KH, KW, K]``."""
-    vector, strides = in_vectors(p, p.input_strides, p.input[1])
-    out_vector, residual_strides = in_vectors(p, p.residual_strides, p.out[1])
+    vector, strides = in_vectors(p.dtype, p.input_strides, p.input[1])
+    out_vector, residual_strides = in_vectors(p.dtype, p.residual_strides, p.out[1])
     every, inverse = phase_steps(p)
     taps = map(ceil_div, p.size, every) if p.transposed else p.size
 

@@ -126,7 +126,7 @@ _PIXELS = 128 if INTERPRETED else 16  # of a tile; few, as there are few outputs
 def finish_launch(p: Problem, splits: int) -> Launch:
     images, channels, height, width = p.out
     pixels, block = images * height * width, power_of_2(channels, 16, 64)
-    vector, residual_strides = in_vectors(p, p.residual_strides, channels)
+    vector, residual_strides = in_vectors(p.dtype, p.residual_strides, channels)
     numbers = (splits, pixels, width, height * width, channels // vector, *residual_strides)
     constants = dict(VECTOR=vector, BLOCK_M=_PIXELS, BLOCK_N=block, **epilogue_constants(p))
     bias, residual = "bias" if p.bias else None, None if p.residual_strides is None else "residual"

@@ -57,7 +57,7 @@ _GROUP = tl.constexpr(8)
 
 
 @triton.jit
-def _tile_of(program, tiles_m, tiles_n):
+def tile_of(program, tiles_m, tiles_n):
     """Rows of tiles in groups of ``_GROUP``, within which the columns are outside."""
     first = program // (_GROUP * tiles_n) * _GROUP
     rows = tl.minimum(tiles_m - first, _GROUP)
@@ -192,7 +192,7 @@ def implicit_gemm_kernel(
     else:
         rows, columns = out_height, out_width
     group = program % groups
-    tile_m, tile_n = _tile_of(program // groups, tiles_m, tiles_n)
+    tile_m, tile_n = tile_of(program // groups, tiles_m, tiles_n)
     m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     present, wanted = m < images * rows * columns, k < outputs
     image, row, column = m // (rows * columns), m // columns % rows, m % columns
@@ -230,31 +230,31 @@ def implicit_gemm_kernel(
 
 
 class Tile(NamedTuple):
-    pixels: int
-    outputs: int
+    rows: int
+    columns: int
     depth: int
     num_warps: int
     num_stages: int
 
 
 # An H100 and H200 have 132, others about as many. The interpreter's time goes by the number of programs and steps.
-_PROCESSORS = 4 if INTERPRETED else 132
+PROCESSORS = 4 if INTERPRETED else 132
 # The largest block of the depth by the size of an element. The parts of float32 operands take registers; where elements
 # are loaded one by one, so do their addresses.
-_DEPTHS = {2: 64, 4: 16, 8: 16}
-_DEPTHS_ONE_BY_ONE = {2: 32, 4: 16, 8: 16}
+DEPTHS = {2: 64, 4: 16, 8: 16}
+DEPTHS_ONE_BY_ONE = {2: 32, 4: 16, 8: 16}
 if INTERPRETED:
-    _DEPTHS = _DEPTHS_ONE_BY_ONE = {2: 256, 4: 128, 8: 64}
+    DEPTHS = DEPTHS_ONE_BY_ONE = {2: 256, 4: 128, 8: 64}
 # Tiles of pixels and outputs by the size of an element, with the part of the matrix unit's rate that they reach: larger
 # ones load less for each product.
-_TILES = {
+TILES = {
     2: {(128, 128): 0.95, (64, 128): 0.85, (128, 64): 0.85, (64, 64): 0.7, (128, 32): 0.55, (64, 32): 0.45},
     4: {(128, 64): 0.95, (64, 64): 0.85, (128, 32): 0.7, (64, 32): 0.6},
     8: {(64, 32): 0.95, (32, 32): 0.7},
 }
 if INTERPRETED:
-    _TILES = {size: {(4 * m, n): rate for (m, n), rate in tiles.items()} for size, tiles in _TILES.items()}
-_LEAST_STEPS = 8  # of a part of the depth
+    TILES = {size: {(4 * m, n): rate for (m, n), rate in tiles.items()} for size, tiles in TILES.items()}
+LEAST_STEPS = 8  # of a part of the depth
 
 
 def _tile(pixels: int, outputs: int, copies: int, depth: int, itemsize: int, one_by_one: bool) -> Tile:
@@ -268,32 +268,32 @@ def _tile(pixels: int, outputs: int, copies: int, depth: int, itemsize: int, one
     def cost(item) -> float:
         (m, n), rate = item
         m, n = power_of_2(pixels, 16, m), power_of_2(outputs, 16, n)
-        rounds = ceil_div(ceil_div(pixels, m) * ceil_div(outputs, n) * copies, _PROCESSORS)
+        rounds = ceil_div(ceil_div(pixels, m) * ceil_div(outputs, n) * copies, PROCESSORS)
         return rounds * (m * n / rate + 2048)
 
-    m, n = min(_TILES[itemsize].items(), key=cost)[0]
+    m, n = min(TILES[itemsize].items(), key=cost)[0]
     m, n = power_of_2(pixels, 16, m), power_of_2(outputs, 16, n)
-    depth = power_of_2(depth, 16, (_DEPTHS_ONE_BY_ONE if one_by_one else _DEPTHS)[itemsize])
+    depth = power_of_2(depth, 16, (DEPTHS_ONE_BY_ONE if one_by_one else DEPTHS)[itemsize])
     large = m * n > (2048 if one_by_one else 8192 if itemsize == 2 else 4096)
     return Tile(m, n, depth, 8 if large else 4, 4 if itemsize == 4 else 3)
 
 
 def _is_flat(channels: int, taps: int, itemsize: int) -> bool:
     """Where blocks for each tap would be padded by more than a fifth."""
-    return taps > 1 and 5 * (-channels % power_of_2(channels, 16, _DEPTHS[itemsize])) > channels
+    return taps > 1 and 5 * (-channels % power_of_2(channels, 16, DEPTHS[itemsize])) > channels
 
 
-def _precision(p: Problem) -> str:
-    if p.dtype != torch.float32:
-        return "double" if p.dtype == torch.float64 else "half"
-    return "tf32" if p.tf32 else "tf32x3"
+def precision(dtype: torch.dtype, tf32: bool) -> str:
+    if dtype != torch.float32:
+        return "double" if dtype == torch.float64 else "half"
+    return "tf32" if tf32 else "tf32x3"
 
 
 def implicit_gemm(p: Problem) -> Plan:
     """The weight lies as ``[K, KH, KW, C / groups]``."""
     channels, outputs, itemsize, taps = p.channels, p.outputs, p.dtype.itemsize, math.prod(p.size)
-    vector, strides = in_vectors(p, p.input_strides, channels)
-    out_vector, residual_strides = in_vectors(p, p.residual_strides, outputs)
+    vector, strides = in_vectors(p.dtype, p.input_strides, channels)
+    out_vector, residual_strides = in_vectors(p.dtype, p.residual_strides, outputs)
 
     phases, rows = 1, p.out[2:]
     if p.transposed:
@@ -302,10 +302,10 @@ def implicit_gemm(p: Problem) -> Plan:
     one_by_one = not has_neighbours(p.input_strides) or vector * itemsize < (16 if flat else 8)
     one_by_one |= flat and p.transposed  # the weights
     tile = _tile(pixels, outputs, p.groups * phases, channels * taps if flat else channels, itemsize, one_by_one)
-    tiles = ceil_div(pixels, tile.pixels), ceil_div(outputs, tile.outputs)
+    tiles = ceil_div(pixels, tile.rows), ceil_div(outputs, tile.columns)
     programs = phases * p.groups * math.prod(tiles)
     steps = ceil_div(channels * taps, tile.depth) if flat else ceil_div(channels, tile.depth) * taps
-    splits = max(1, min(_PROCESSORS // programs, steps // phases // _LEAST_STEPS))
+    splits = max(1, min(PROCESSORS // programs, steps // phases // LEAST_STEPS))
 
     every, inverse = phase_steps(p)
     numbers = (
@@ -315,8 +315,8 @@ def implicit_gemm(p: Problem) -> Plan:
     constants = dict(
         KERNEL_H=p.size[0], KERNEL_W=p.size[1], TRANSPOSED=p.transposed, SPLIT=splits > 1,
         CHANNELS_LAST=has_neighbours(p.input_strides), FLAT=channels if flat else 0, EVEN=channels % tile.depth == 0,
-        VECTOR=vector, OUT_VECTOR=out_vector, PRECISION=_precision(p),
-        BLOCK_M=tile.pixels, BLOCK_N=tile.outputs, BLOCK_K=tile.depth, **epilogue_constants(p),
+        VECTOR=vector, OUT_VECTOR=out_vector, PRECISION=precision(p.dtype, p.tf32),
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, **epilogue_constants(p),
     )  # fmt: skip
     bias, residual = "bias" if p.bias else None, None if p.residual_strides is None else "residual"
     tensors = dict(x="input", weight="weight", bias=bias, residual=residual, out="sums" if splits > 1 else "out")

@@ -63,7 +63,8 @@ def run(problem: Problem, input: Tensor, weight: Tensor, bias: Tensor | None, re
     """Also of transposed convolutions."""
     out = empty_output(problem, input)
     if out.numel():
-        plan(problem).run(input, weight, None if bias is None else bias.contiguous(), residual, out)
+        bias = None if bias is None else bias.contiguous()
+        plan(problem).run(input, weight=weight, bias=bias, residual=residual, out=out)
     return out
 
 

@@ -4,6 +4,8 @@ Each phase of the output (position modulo stride) is a convolution of the input 
 pixels are multiplied, and no two programs add to one output. The kernels are those of conv2d, where bytes and
 operations are counted. 4x4, stride 2, 256 to 256 channels, 25 x 34 pixels, bfloat16: four phases of 4 taps, 1.8 GFLOP
 are 2.3 us on an H200 (790 TFLOP/s), 4.3 MB 1.0 us (4.3 TB/s).
+
+It is the gradient of conv2d's input as well, with the output padding that gives it the input's size.
 """
 
 from __future__ import annotations
@@ -108,6 +110,12 @@ _EXAMPLES = {
     "depthwise 4x4, stride 2, 21, 100 x 136; 6 MB, 1 us": example(
         torch.float32, 1, 21, 100, 136, 21, 4, stride=2, padding=1, groups=21, transposed=True, channels_last=False
     ),
+    "gradient of the input, 3x3, 256 to 256, 8 images of 50 x 68; 41 us of products": example(
+        torch.bfloat16, 8, 256, 50, 68, 256, 3, padding=1, activation="none", transposed=True
+    )._replace(bias=False),
+    "the same, stride 2, 128 to 128, 32 images of 56 x 56; 32 MB, 7 us, 7.4 GFLOP 9 us": example(
+        torch.float16, 32, 128, 28, 28, 128, 3, stride=2, padding=1, activation="none", transposed=True
+    )._replace(bias=False, out=(32, 128, 56, 56)),
 }
 VARIANTS = [
     launch.variant(problem.dtype, note, matrix="PRECISION" in launch.constants)

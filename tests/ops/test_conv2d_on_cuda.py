@@ -211,11 +211,12 @@ def test_wrong_arguments(transposed):
 @pytest.mark.parametrize(("name", "theirs"), [("conv2d", F.conv2d), ("conv_transpose2d", F.conv_transpose2d)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_functions(name, theirs, dtype, monkeypatch):
-    """What they add: weights prepared once, those that are trained on torch's convolution."""
+    """What they add: weights prepared once, those that are trained at every call."""
     if DEVICE == "cpu":
-        module = importlib.import_module(f"fastcv.ops.{name}")
-        monkeypatch.setattr(module, "on_kernels", lambda *tensors: False)
-        monkeypatch.setattr(module, "on_triton", lambda kernel, x, weight, *_: not weight.requires_grad)
+        for module in ("conv2d", "conv_transpose2d", "_convolution"):
+            module = importlib.import_module(f"fastcv.ops.{module}")
+            monkeypatch.setattr(module, "on_kernels", lambda *tensors: False)
+            monkeypatch.setattr(module, "on_triton", lambda kernel, *tensors: kernel == "auto")
     ours, x = getattr(ops, name), torch.randn(2, 32, 9, 9).to(DEVICE, dtype)
     weight = torch.randn(32, 32, 3, 3).to(DEVICE, dtype)
     double = x.double().requires_grad_()
@@ -229,5 +230,9 @@ def test_functions(name, theirs, dtype, monkeypatch):
     assert "Derivative" in type(out.grad_fn).__name__
     gradient, expected = torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(expected.sum(), double)[0]
     assert error(gradient, expected) < 10 * TOLERANCES[dtype]
-    trained = torch.nn.Parameter(weight)
-    assert "Derivative" not in type(ours(x, trained, None, 1, 1).grad_fn).__name__
+    assert len(kept[id(weight)].layouts) == 2  # the other for the gradient
+    trained, double = torch.nn.Parameter(weight), weight.double().requires_grad_()
+    out = ours(x, trained, None, 1, 1, activation="relu")
+    assert "Derivative" in type(out.grad_fn).__name__ and id(trained) not in kept
+    expected = torch.autograd.grad(theirs(x.detach().double(), double, None, 1, 1).relu().sum(), double)[0]
+    assert error(torch.autograd.grad(out.sum(), trained)[0], expected) < 10 * TOLERANCES[dtype]
