@@ -45,6 +45,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _results(cases: list[harness.Case], options: argparse.Namespace) -> tuple[list[harness.Result], list[str]]:
+    """What was measured, each printed, and the names of cases that failed: the others are worth their time."""
+    results, failed = [], []
+    for case in cases:
+        try:
+            for result in harness.run([case], quick=options.quick, device=options.device):
+                results.append(result)
+                times = [f"{n} {report.format_seconds(t.median)}" for n, t in result.times.items()]
+                ratio = report.format_ratio(result.ratio)
+                print(f"{ratio:>6}  {result.operator}: {result.shape}  ({', '.join(times)})", flush=True)
+        except (AssertionError, RuntimeError) as error:
+            failed.append(case.name)
+            print(f"failed  {case.name}: {error}", file=sys.stderr, flush=True)
+    return results, failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
@@ -61,12 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     environment = harness.environment(options.device)
     print(report.title(environment), flush=True)
-    results = []
-    for result in harness.run(cases, quick=options.quick, device=options.device):
-        results.append(result)
-        times = [f"{n} {report.format_seconds(t.median)}" for n, t in result.times.items()]
-        ratio = report.format_ratio(result.ratio)
-        print(f"{ratio:>6}  {result.operator}: {result.shape}  ({', '.join(times)})", flush=True)
+    results, failed = _results(cases, options)
     folder = options.output
     if folder is None and not (options.only or options.quick):
         folder = HERE / "results"
@@ -80,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"written: {folder}/{name}.json, {name}.md, {name}.png")
     slower = [result for result in results if result.ratio < 1]
     print(f"{len(results)} cases, fastcv is slower in {len(slower)}")
-    return 0
+    if failed:
+        print(f"not measured, as they failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def _inputs(k: int, channels: int, size: int):
 
 def _weights(low, high, size, bins):
     """[K, bins, size]: means of the hats of pixels over bins, by their antiderivative."""
-    edges = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, bins + 1)
-    t = (edges[..., None] - torch.arange(size)).clamp(-1, 1)
+    edges = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, bins + 1, device=low.device)
+    t = (edges[..., None] - torch.arange(size, device=low.device)).clamp(-1, 1)
     primitive = torch.where(t < 0, (t + 1) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
     return (primitive[:, 1:] - primitive[:, :-1]) * (bins / (high - low))[:, None, None]
 

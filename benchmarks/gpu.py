@@ -9,7 +9,16 @@ import torchvision
 from torchvision.models.detection import roi_heads
 
 import fastcv
-from benchmarks import shapes
+from benchmarks import (
+    bench_match_boxes,
+    bench_matrix_nms,
+    bench_nms_padded,
+    bench_nms_rotated,
+    bench_prroi_pool,
+    bench_ps_roi_align,
+    bench_roi_pool,
+    shapes,
+)
 from benchmarks.harness import Case, backward, forward
 
 ops = fastcv.ops
@@ -218,4 +227,9 @@ MAPS = [
          _pair(lambda x: ops.gram_matrix(x), _gram, "cuBLAS"), tolerance=0.02),
 ]  # fmt: skip
 
-CASES = SUPPRESSION + REGIONS + CONVOLUTIONS + MAPS
+# The CPU's, where the others have kernels for GPUs too.
+OTHERS = bench_nms_padded.CASES + bench_matrix_nms.CASES + bench_match_boxes.CASES
+OTHERS += [case for case in bench_nms_rotated.CASES if case.operator == "box_iou"] + bench_prroi_pool.CASES
+OTHERS += [case for case in bench_roi_pool.CASES + bench_ps_roi_align.CASES if "1 RoI" not in case.shape]
+
+CASES = SUPPRESSION + REGIONS + CONVOLUTIONS + MAPS + OTHERS

@@ -88,6 +88,16 @@ def test_a_gpu_needs_another_kernel_than_torchs(capsys):
     assert "set FASTCV_TRITON=all, or plan" in capsys.readouterr().err
 
 
+def test_the_others_are_measured_where_one_fails(tmp_path, capsys, monkeypatch):
+    cases = [case(lambda x: x + 1, torch.square), case(lambda x: x * x, torch.square)]
+    monkeypatch.setattr("benchmarks.__main__.find_cases", lambda only, device: cases)
+    assert main(["--quick", "--output", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "1 cases, fastcv is slower in" in printed.out
+    assert "square: 3 floats: fastcv disagrees" in printed.err
+    assert printed.err.endswith("not measured, as they failed: square: 3 floats\n")
+
+
 def test_choices_are_written(tmp_path):
     choices = {"conv2d(b)": Choice(False, None, 2e-3), "conv2d(a)": Choice(True, 1e-3, 2e-3)}
     report.save_choices(tmp_path / "choices.md", choices, harness.environment())
