@@ -47,7 +47,7 @@ class Criterion:
 
 
 @triton.jit
-def _load(box, size, at, mask):
+def load_positions(box, size, at, mask):
     """Boxes at these positions; where there is none NaN, which overlaps nothing."""
     nan = float("nan")
     size = tl.full((), size, tl.int64)
@@ -93,7 +93,7 @@ def _masks_kernel(
     first = tl.program_id(0) % parts * ROWS
     p, bit = first + tl.arange(0, ROWS)[:, None], tl.arange(0, 32)[None, :]
     here = p < length
-    mine = _load(box, size, offset + p, here)
+    mine = load_positions(box, size, offset + p, here)
     if IDS:
         begin = tl.load(start + offset + p, mask=here, other=0)
     block = first // BLOCK * BLOCK
@@ -102,7 +102,7 @@ def _masks_kernel(
         better = here & (k < p)
         if IDS:
             better &= k >= begin
-        hits = _overlaps(_load(box, size, offset + k, k < length), mine, threshold, KIND) & better
+        hits = _overlaps(load_positions(box, size, offset + k, k < length), mine, threshold, KIND) & better
         word = tl.sum(hits.to(tl.int32) << bit, 1, keep_dims=True)
         tl.store(masks + tl.full((), size, tl.int64) * w + offset + p, word, mask=here)
 
@@ -144,7 +144,7 @@ def _resolve_kernel(
     tl.store(removed + offset + p, (1 - is_kept).to(tl.int8), mask=here)
     listed = goes_on.to(tl.int32) & is_kept
     to = offset + block * BLOCK + tl.cumsum(listed, 0) - 1
-    x1, y1, x2, y2 = _load(box, size, offset + p, listed != 0)
+    x1, y1, x2, y2 = load_positions(box, size, offset + p, listed != 0)
     size = tl.full((), size, tl.int64)
     tl.store(kept + to, x1, mask=listed != 0)
     tl.store(kept + size + to, y1, mask=listed != 0)
@@ -174,11 +174,11 @@ def _sweep_kernel(
     if tl.max(asks.to(tl.int32)) > 0:
         count = tl.load(counts + row * tl.cdiv(length, BLOCK) + source)
     if count > 0:
-        mine = _load(box, size, offset + p, asks)
+        mine = load_positions(box, size, offset + p, asks)
         hits = tl.zeros((ROWS, CHUNK), tl.int32)
         for k in range(0, count, CHUNK):
             better = k + tl.arange(0, CHUNK)[None, :]
-            best = _load(kept, size, offset + source * BLOCK + better, better < count)
+            best = load_positions(kept, size, offset + source * BLOCK + better, better < count)
             hits |= _overlaps(best, mine, threshold, KIND).to(tl.int32)
         hit = tl.max(hits, 1, keep_dims=True) > 0
         tl.store(removed + offset + p, tl.full((ROWS, 1), 1, tl.int8), mask=hit & asks)
@@ -192,39 +192,57 @@ def grouped(order: Tensor, ids: Tensor) -> Tensor:
     return order.gather(1, ids.gather(1, order).sort(dim=1, stable=True).indices)
 
 
+def prepare(
+    boxes: Tensor, scores: Tensor, order: Tensor, classes: int, score_threshold: float = float("-inf")
+) -> tuple[Tensor, Tensor]:
+    """Boxes ``[4, rows * length]`` by position, side by side, and int8 ``[rows, length]``: 1 where they take no part.
+
+    ``boxes`` ``[rows / classes, length, 4]`` and ``scores`` ``[rows, length]`` are contiguous, of one type, not empty.
+    """
+    rows, length = scores.shape
+    if length >= 2**31 - BLOCK:
+        raise RuntimeError(f"boxes: expected fewer than 2^31 a row, got {length}")
+    size = rows * length
+    box, removed = scores.new_empty((4, size)), scores.new_empty((rows, length), dtype=torch.int8)
+    with on_device_of(scores):
+        _prepare_kernel[(triton.cdiv(size, _PREPARED),)](
+            boxes, scores, order, box, removed, length, classes, size, score_threshold,
+            ALL=score_threshold == float("-inf"), BLOCK=_PREPARED,
+        )  # fmt: skip
+    return box, removed
+
+
+def segment_begins(ids: Tensor, order: Tensor) -> Tensor:
+    """int32 ``[rows, length]``: where the segment of each position of ``order``, which is sorted by ids, begins."""
+    ranked = ids.gather(1, order)
+    return torch.searchsorted(ranked, ranked, out_int32=True)
+
+
 def suppress(
     boxes: Tensor, scores: Tensor, order: Tensor, ids: Tensor | None, classes: int, criterion: Criterion,
     score_threshold: float = float("-inf"), reads_longest: bool = False,
 ) -> Tensor:  # fmt: skip
     """int8 ``[rows, length]``: 1 at the positions of ``order`` that are not kept.
 
-    ``boxes`` ``[rows / classes, length, 4]`` and ``scores`` ``[rows, length]`` are contiguous and of one type;
-    ``reads_longest``: rounds go by the longest segment, for which the host waits, instead of by the rows' length.
+    Of boxes and scores as in :func:`prepare`; ``reads_longest``: rounds go by the longest segment, for which the host
+    waits, instead of by the rows' length.
     """
     rows, length = scores.shape
-    if length >= 2**31 - BLOCK:
-        raise RuntimeError(f"boxes: expected fewer than 2^31 a row, got {length}")
     size, blocks = rows * length, triton.cdiv(length, BLOCK)
-    removed = scores.new_empty((rows, length), dtype=torch.int8)
     if not size:
-        return removed
-    box, kept = scores.new_empty((4, size)), scores.new_empty((4, size))
-    masks = scores.new_zeros((BLOCK // 32, size), dtype=torch.int32)
+        return scores.new_empty((rows, length), dtype=torch.int8)
+    box, removed = prepare(boxes, scores, order, classes, score_threshold)
+    kept, masks = torch.empty_like(box), scores.new_zeros((BLOCK // 32, size), dtype=torch.int32)
     counts = scores.new_empty((rows, blocks), dtype=torch.int32)
     start, rounds = removed, blocks
     if ids is not None:
-        ranked = ids.gather(1, order)
-        start = torch.searchsorted(ranked, ranked, out_int32=True)
+        start = segment_begins(ids, order)
         if reads_longest and blocks > 1:
             last = torch.arange(length, device=start.device) // BLOCK
             rounds = int((last - start // BLOCK).max()) + 1
     shared = {"IDS": ids is not None, "BLOCK": BLOCK}
     limit = {"threshold": criterion.threshold, "KIND": criterion.kind}
     with on_device_of(scores):
-        _prepare_kernel[(triton.cdiv(size, _PREPARED),)](
-            boxes, scores, order, box, removed, length, classes, size, score_threshold,
-            ALL=score_threshold == float("-inf"), BLOCK=_PREPARED,
-        )  # fmt: skip
         _masks_kernel[(rows * triton.cdiv(length, _MASKED),)](
             box, start, masks, length, size, **limit, **shared, ROWS=_MASKED, num_warps=_MASKS_WARPS, **ROUNDED
         )
