@@ -25,6 +25,7 @@ BESIDE_CUDA = {
     "ps_roi_align": TWO_TYPES,
     "roi_align": TWO_TYPES,
     "roi_pool": TWO_TYPES,
+    "soft_nms": " and not naive_is_nms and not properties and (not float64 or (duplicates and linear))",
 }
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
