@@ -22,6 +22,7 @@ BESIDE_CUDA = {
     "match_boxes": TWO_TYPES,
     "matrix_nms": " and (not float64 or crowded or duplicates)",
     "nms": f"{TWO_TYPES} and not rotated and not copies and not union and not 3000 and not (oracle and not crowded)",
+    "nms_rotated": f"{TWO_TYPES} and not 1100",
     "ps_roi_align": TWO_TYPES,
     "roi_align": TWO_TYPES,
     "roi_pool": TWO_TYPES,

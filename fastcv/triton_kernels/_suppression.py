@@ -20,6 +20,7 @@ launcher needs some 10 us for each. Reasoned, not measured.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import triton
@@ -28,37 +29,57 @@ from torch import Tensor
 
 from ._boxes import INTERPRETED, ROUNDED, diou, iou
 from ._launch import Variant, on_device_of
+from ._rotated import rotated_iou
 
 BLOCK = 512
 _PREPARED = 512  # positions of a program
-# Positions of a program, and better boxes that it takes at once: what fits in registers. The interpreter's time goes by
-# the number of operations.
-_MASKED = 512 if INTERPRETED else 64
-_SWEPT, _KEPT = (512, 64) if INTERPRETED else (128, 8)
 _MASKS_WARPS, _RESOLVE_WARPS = 8, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """Positions of a program that makes masks, of one that sweeps, and better boxes that it takes at once: what fits in
+    registers."""
+
+    masked: int
+    swept: int
+    kept: int
+
+
+_GPU_TILES = {"iou": _Tiles(64, 128, 8), "diou": _Tiles(64, 128, 8), "rotated": _Tiles(8, 32, 4)}
+# The interpreter's time goes by the number of operations.
+_TILES = dict.fromkeys(_GPU_TILES, _Tiles(512, 512, 64)) if INTERPRETED else _GPU_TILES
 
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
     kind: str
-    """``"iou"`` or ``"diou"``: what must not be greater than the threshold."""
+    """``"iou"``, ``"diou"`` or ``"rotated"`` (their IoU): what must not be greater than the threshold."""
     threshold: float
     """A number of the boxes' type."""
 
 
 @triton.jit
-def load_positions(box, size, at, mask):
-    """Boxes at these positions; where there is none NaN, which overlaps nothing."""
-    nan = float("nan")
-    size = tl.full((), size, tl.int64)
-    x1, y1 = tl.load(box + at, mask=mask, other=nan), tl.load(box + (at + size), mask=mask, other=nan)
-    x2, y2 = tl.load(box + (at + 2 * size), mask=mask, other=nan), tl.load(box + (at + 3 * size), mask=mask, other=nan)
-    return x1, y1, x2, y2
+def load_positions(box, size, at, mask, FIELDS: tl.constexpr = 4):
+    """Boxes at these positions, of numbers side by side; where there is none NaN, which overlaps nothing."""
+    size, nan = tl.full((), size, tl.int64), float("nan")
+    a, b = tl.load(box + at, mask=mask, other=nan), tl.load(box + (at + size), mask=mask, other=nan)
+    c, d = tl.load(box + (at + 2 * size), mask=mask, other=nan), tl.load(box + (at + 3 * size), mask=mask, other=nan)
+    if FIELDS == 4:
+        return a, b, c, d
+    else:
+        e = tl.load(box + (at + 4 * size), mask=mask, other=nan)
+        return a, b, c, d, e, tl.load(box + (at + 5 * size), mask=mask, other=nan)
 
 
 @triton.jit
 def _overlaps(a, b, threshold, KIND: tl.constexpr):
-    overlap = diou(a, b) if KIND == "diou" else iou(a, b)
+    if KIND == "rotated":
+        overlap = rotated_iou(a, b)
+    elif KIND == "diou":
+        overlap = diou(a, b)
+    else:
+        overlap = iou(a, b)
     return overlap > tl.full((), threshold, tl.float64).to(overlap.dtype)
 
 
@@ -93,7 +114,8 @@ def _masks_kernel(
     first = tl.program_id(0) % parts * ROWS
     p, bit = first + tl.arange(0, ROWS)[:, None], tl.arange(0, 32)[None, :]
     here = p < length
-    mine = load_positions(box, size, offset + p, here)
+    FIELDS: tl.constexpr = 6 if KIND == "rotated" else 4
+    mine = load_positions(box, size, offset + p, here, FIELDS)
     if IDS:
         begin = tl.load(start + offset + p, mask=here, other=0)
     block = first // BLOCK * BLOCK
@@ -102,7 +124,7 @@ def _masks_kernel(
         better = here & (k < p)
         if IDS:
             better &= k >= begin
-        hits = _overlaps(load_positions(box, size, offset + k, k < length), mine, threshold, KIND) & better
+        hits = _overlaps(load_positions(box, size, offset + k, k < length, FIELDS), mine, threshold, KIND) & better
         word = tl.sum(hits.to(tl.int32) << bit, 1, keep_dims=True)
         tl.store(masks + tl.full((), size, tl.int64) * w + offset + p, word, mask=here)
 
@@ -116,8 +138,9 @@ def _words(flags, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["round"])
 def _resolve_kernel(
-    box, start, removed, masks, kept, counts, length, size, round, IDS: tl.constexpr, BLOCK: tl.constexpr
-):
+    box, start, removed, masks, kept, counts, length, size, round, FIELDS: tl.constexpr, IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Segments in their block ``round``. Of that which goes on, kept ones are listed from the block's place on."""
     blocks, step = tl.cdiv(length, BLOCK), tl.program_id(0)
     row, block = step, round
@@ -144,12 +167,10 @@ def _resolve_kernel(
     tl.store(removed + offset + p, (1 - is_kept).to(tl.int8), mask=here)
     listed = goes_on.to(tl.int32) & is_kept
     to = offset + block * BLOCK + tl.cumsum(listed, 0) - 1
-    x1, y1, x2, y2 = load_positions(box, size, offset + p, listed != 0)
     size = tl.full((), size, tl.int64)
-    tl.store(kept + to, x1, mask=listed != 0)
-    tl.store(kept + size + to, y1, mask=listed != 0)
-    tl.store(kept + 2 * size + to, x2, mask=listed != 0)
-    tl.store(kept + 3 * size + to, y2, mask=listed != 0)
+    for k in tl.static_range(FIELDS):
+        number = tl.load(box + k * size + offset + p, mask=listed != 0)
+        tl.store(kept + k * size + to, number, mask=listed != 0)
     tl.store(counts + row.to(tl.int64) * blocks + block, tl.sum(listed, 0), mask=tl.max(goes_on.to(tl.int32), 0) > 0)
 
 
@@ -174,17 +195,23 @@ def _sweep_kernel(
     if tl.max(asks.to(tl.int32)) > 0:
         count = tl.load(counts + row * tl.cdiv(length, BLOCK) + source)
     if count > 0:
-        mine = load_positions(box, size, offset + p, asks)
+        FIELDS: tl.constexpr = 6 if KIND == "rotated" else 4
+        mine = load_positions(box, size, offset + p, asks, FIELDS)
         hits = tl.zeros((ROWS, CHUNK), tl.int32)
         for k in range(0, count, CHUNK):
             better = k + tl.arange(0, CHUNK)[None, :]
-            best = load_positions(kept, size, offset + source * BLOCK + better, better < count)
+            best = load_positions(kept, size, offset + source * BLOCK + better, better < count, FIELDS)
             hits |= _overlaps(best, mine, threshold, KIND).to(tl.int32)
         hit = tl.max(hits, 1, keep_dims=True) > 0
         tl.store(removed + offset + p, tl.full((ROWS, 1), 1, tl.int8), mask=hit & asks)
 
 
 # ---- on the host ----------------------------------------------------------------------------------------------------
+
+
+def check_length(length: int) -> None:
+    if length >= 2**31 - BLOCK:
+        raise RuntimeError(f"boxes: expected fewer than 2^31 a row, got {length}")
 
 
 def grouped(order: Tensor, ids: Tensor) -> Tensor:
@@ -200,8 +227,7 @@ def prepare(
     ``boxes`` ``[rows / classes, length, 4]`` and ``scores`` ``[rows, length]`` are contiguous, of one type, not empty.
     """
     rows, length = scores.shape
-    if length >= 2**31 - BLOCK:
-        raise RuntimeError(f"boxes: expected fewer than 2^31 a row, got {length}")
+    check_length(length)
     size = rows * length
     box, removed = scores.new_empty((4, size)), scores.new_empty((rows, length), dtype=torch.int8)
     with on_device_of(scores):
@@ -219,21 +245,18 @@ def segment_begins(ids: Tensor, order: Tensor) -> Tensor:
 
 
 def suppress(
-    boxes: Tensor, scores: Tensor, order: Tensor, ids: Tensor | None, classes: int, criterion: Criterion,
-    score_threshold: float = float("-inf"), reads_longest: bool = False,
-) -> Tensor:  # fmt: skip
-    """int8 ``[rows, length]``: 1 at the positions of ``order`` that are not kept.
+    box: Tensor, removed: Tensor, order: Tensor, ids: Tensor | None, criterion: Criterion, reads_longest: bool = False
+) -> None:
+    """Writes 1 in ``removed``, int8 ``[rows, length]``, at the positions of ``order`` that are not kept.
 
-    Of boxes and scores as in :func:`prepare`; ``reads_longest``: rounds go by the longest segment, for which the host
-    waits, instead of by the rows' length.
+    ``box`` and ``removed`` as :func:`prepare` makes them; ``reads_longest``: rounds go by the longest segment, for
+    which the host waits, instead of by the rows' length.
     """
-    rows, length = scores.shape
-    size, blocks = rows * length, triton.cdiv(length, BLOCK)
-    if not size:
-        return scores.new_empty((rows, length), dtype=torch.int8)
-    box, removed = prepare(boxes, scores, order, classes, score_threshold)
-    kept, masks = torch.empty_like(box), scores.new_zeros((BLOCK // 32, size), dtype=torch.int32)
-    counts = scores.new_empty((rows, blocks), dtype=torch.int32)
+    rows, length = order.shape
+    check_length(length)
+    size, blocks, tiles = rows * length, triton.cdiv(length, BLOCK), _TILES[criterion.kind]
+    kept, masks = torch.empty_like(box), removed.new_zeros((BLOCK // 32, size), dtype=torch.int32)
+    counts = masks.new_empty((rows, blocks))
     start, rounds = removed, blocks
     if ids is not None:
         start = segment_begins(ids, order)
@@ -242,32 +265,47 @@ def suppress(
             rounds = int((last - start // BLOCK).max()) + 1
     shared = {"IDS": ids is not None, "BLOCK": BLOCK}
     limit = {"threshold": criterion.threshold, "KIND": criterion.kind}
-    with on_device_of(scores):
-        _masks_kernel[(rows * triton.cdiv(length, _MASKED),)](
-            box, start, masks, length, size, **limit, **shared, ROWS=_MASKED, num_warps=_MASKS_WARPS, **ROUNDED
+    with on_device_of(box):
+        _masks_kernel[(rows * triton.cdiv(length, tiles.masked),)](
+            box, start, masks, length, size, **limit, **shared, ROWS=tiles.masked, num_warps=_MASKS_WARPS, **ROUNDED
         )
         for round in range(rounds):
             _resolve_kernel[(rows * (blocks if ids is not None else 1),)](
-                box, start, removed, masks, kept, counts, length, size, round, **shared, num_warps=_RESOLVE_WARPS
-            )
-            if parts := triton.cdiv(max(length - (round + 1) * BLOCK, 0), _SWEPT):
+                box, start, removed, masks, kept, counts, length, size, round, FIELDS=box.shape[0], **shared,
+                num_warps=_RESOLVE_WARPS,
+            )  # fmt: skip
+            if parts := triton.cdiv(max(length - (round + 1) * BLOCK, 0), tiles.swept):
                 _sweep_kernel[(rows * parts,)](
-                    box, start, removed, kept, counts, length, size, round, **limit, **shared, ROWS=_SWEPT,
-                    CHUNK=_KEPT, **ROUNDED,
+                    box, start, removed, kept, counts, length, size, round, **limit, **shared, ROWS=tiles.swept,
+                    CHUNK=tiles.kept, **ROUNDED,
                 )  # fmt: skip
-    return removed
+
+
+def kept_indices(prepare: Callable, scores: Tensor, ids: Tensor | None, criterion: Criterion) -> Tensor:
+    """Indices of the boxes kept, best first. ``prepare(order)``: ``box`` and ``removed`` of :func:`suppress`."""
+    scores, ids = scores[None], None if ids is None else ids.long()[None]
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices
+    if not ranked.numel():
+        return ranked[0]
+    order = ranked if ids is None else grouped(ranked, ids)
+    box, removed = prepare(order[0])
+    suppress(box, removed, order, ids, criterion, reads_longest=True)
+    if ids is not None:
+        removed = torch.empty_like(removed).scatter_(1, order, removed).gather(1, ranked)
+    return ranked[removed == 0]
 
 
 def variants(dtype: str, kind: str, ids: bool, note: str) -> list[Variant]:
     types = dict.fromkeys(("length", "classes", "size", "round"), "i32") | dict.fromkeys(("box", "kept"), f"*{dtype}")
     types |= {"boxes": f"*{dtype}", "scores": f"*{dtype}", "order": "*i64", "start": "*i32", "removed": "*i8"}
     types |= {"masks": "*i32", "counts": "*i32", "threshold": "fp64", "score_threshold": "fp64"}
-    shared = {"IDS": ids, "BLOCK": BLOCK}
+    shared, tiles = {"IDS": ids, "BLOCK": BLOCK}, _GPU_TILES[kind]
+    masks = {**shared, "KIND": kind, "ROWS": tiles.masked}
+    sweep = {**shared, "KIND": kind, "ROWS": tiles.swept, "CHUNK": tiles.kept}
+    fields = {"FIELDS": 6 if kind == "rotated" else 4}
     return [
         Variant(_prepare_kernel, types, {"classes": 1, "ALL": True, "BLOCK": _PREPARED}, note=note),
-        Variant(
-            _masks_kernel, types, {**shared, "KIND": kind, "ROWS": 64}, num_warps=_MASKS_WARPS, note=note, **ROUNDED
-        ),
-        Variant(_resolve_kernel, types, shared, num_warps=_RESOLVE_WARPS, note=note),
-        Variant(_sweep_kernel, types, {**shared, "KIND": kind, "ROWS": 128, "CHUNK": 8}, note=note, **ROUNDED),
+        Variant(_masks_kernel, types, masks, num_warps=_MASKS_WARPS, note=note, **ROUNDED),
+        Variant(_resolve_kernel, types, shared | fields, num_warps=_RESOLVE_WARPS, note=note),
+        Variant(_sweep_kernel, types, sweep, note=note, **ROUNDED),
     ]

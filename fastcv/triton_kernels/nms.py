@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._boxes import INTERPRETED, number_type, round_down
 from ._launch import Variant, on_device_of
-from ._suppression import Criterion, grouped, suppress, variants
+from ._suppression import Criterion, grouped, kept_indices, prepare, suppress, variants
 
 _SELECTED = 4096 if INTERPRETED else 1024
 
@@ -56,14 +56,8 @@ def batched_nms(boxes, scores, idxs, iou_threshold, diou=False):
     _check(boxes, scores, idxs)
     dtype = number_type(boxes, scores)
     boxes, scores = boxes.to(dtype).contiguous(), scores.to(dtype)[None].contiguous()
-    ids = None if idxs is None else idxs.long()[None]
-    ranked = scores.sort(dim=1, descending=True, stable=True).indices
-    order = ranked if ids is None else grouped(ranked, ids)
     criterion = Criterion("diou" if diou else "iou", round_down(iou_threshold, dtype))
-    removed = suppress(boxes, scores, order, ids, 1, criterion, reads_longest=True)
-    if ids is not None:
-        removed = torch.empty_like(removed).scatter_(1, order, removed).gather(1, ranked)
-    return ranked[removed == 0]
+    return kept_indices(lambda order: prepare(boxes, scores, order, 1), scores[0], idxs, criterion)
 
 
 def _check_padded(boxes: Tensor, scores: Tensor, idxs: Tensor | None, max_output: int) -> None:
@@ -100,7 +94,8 @@ def nms_padded(boxes, scores, idxs, iou_threshold, max_output, score_threshold, 
     if ids is not None:
         order = grouped(order, ids)
     criterion = Criterion("diou" if diou else "iou", round_down(iou_threshold, dtype))
-    removed = suppress(boxes, rows, order, ids, classes, criterion, score_threshold)
+    box, removed = prepare(boxes, rows, order, classes, score_threshold)
+    suppress(box, removed, order, ids, criterion)
     removed = torch.empty_like(removed).scatter_(1, order, removed)
     with on_device_of(boxes):
         _select_kernel[(images,)](
