@@ -27,6 +27,7 @@ BESIDE_CUDA = {
     "roi_align": TWO_TYPES,
     "roi_pool": TWO_TYPES,
     "soft_nms": " and not naive_is_nms and not properties and (not float64 or (duplicates and linear))",
+    "weighted_boxes_fusion": " and not units and (not matches or (float64 and box_and)) and (not hundreds or max)",
 }
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
