@@ -16,6 +16,7 @@ from .boxes import box_convert, check_boxes
 define(
     "box_iou_rotated(Tensor boxes1, Tensor boxes2, bool wide) -> Tensor",
     reference.box_iou_rotated.in_float,
+    triton=True,
 )
 
 __all__ = ["box_iou", "complete_box_iou", "distance_box_iou", "generalized_box_iou"]

@@ -13,6 +13,7 @@ define(
     "match_boxes(Tensor gt_boxes, Tensor boxes, float high_threshold, float low_threshold, "
     "bool allow_low_quality_matches) -> Tensor",
     reference.match_boxes.match_boxes,
+    triton=True,
 )
 
 

@@ -21,6 +21,7 @@ from ._checks import (
 define(
     "matrix_nms(Tensor boxes, Tensor scores, Tensor? idxs, float sigma, bool linear) -> Tensor",
     reference.matrix_nms.matrix_nms,
+    triton=True,
 )
 
 

@@ -33,15 +33,18 @@ IoUType = Literal["iou", "diou"]
 define(
     "nms(Tensor boxes, Tensor scores, float iou_threshold, bool diou=False) -> Tensor",
     reference.nms.nms,
+    triton=True,
 )
 define(
     "batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold, bool diou=False) -> Tensor",
     reference.nms.batched_nms,
+    triton=True,
 )
 define(
     "nms_padded(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, SymInt max_output, "
     "float score_threshold, bool diou=False) -> (Tensor, Tensor, Tensor)",
     reference.nms.nms_padded,
+    triton=True,
 )
 
 

@@ -14,6 +14,7 @@ from .boxes import box_convert
 define(
     "nms_rotated(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> Tensor",
     reference.nms_rotated.nms_rotated,
+    triton=True,
 )
 
 

@@ -16,6 +16,7 @@ define(
     "soft_nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, float sigma, float score_threshold, "
     "str method) -> (Tensor, Tensor)",
     reference.soft_nms.soft_nms,
+    triton=True,
 )
 
 

@@ -27,6 +27,7 @@ define(
     "weighted_boxes_fusion(Tensor boxes, Tensor scores, Tensor labels, SymInt[] counts, float[] weights, "
     "float iou_threshold, float skip_threshold, str conf_type, bool allows_overflow) -> (Tensor, Tensor, Tensor)",
     reference.weighted_boxes_fusion.weighted_boxes_fusion,
+    triton=True,
 )
 
 

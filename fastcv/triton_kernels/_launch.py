@@ -33,6 +33,8 @@ class Variant:
     num_stages: int = 3
     matrix: bool = False
     """Whether it must use matrix instructions."""
+    enable_fp_fusion: bool = True
+    """Whether products may be fused into sums."""
     note: str = ""
     """What it is an example of, and its floor: bytes, operations."""
 
@@ -72,7 +74,7 @@ def compile_ahead(variant: Variant, capability: int) -> Report:
         constexprs={(names.index(n),): value for n, value in variant.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {name: getattr(variant, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     found = re.search(r"\b(wgmma|tcgen05|mma\.sync)", compiled.asm["ptx"])
     usage = _resource_usage(compiled.asm["cubin"])

@@ -9,7 +9,7 @@ from nms_cases import KINDS, assert_all_equal, greedy, iou_matrix, make, ranked,
 
 import fastcv
 from fastcv import reference
-from fastcv.ops import batched_nms, nms
+from fastcv.ops import batched_nms, nms, nms_padded
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 THRESHOLDS = (0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.95, 1.0, -0.1, 1.5)
@@ -185,6 +185,17 @@ def test_batched_nms_is_the_union_over_classes(dtype, id_type):
         for threshold in (0.0, 0.4):
             expected = union_over_classes(boxes, scores, idxs, threshold)
             assert torch.equal(batched_nms(boxes, scores, idxs, threshold), expected)
+
+
+def test_classes_of_any_size():
+    """On a device boxes are cut into blocks of 512, where a class may begin and end anywhere, or nowhere."""
+    boxes, scores = make("mixed", 1700)
+    sizes = torch.tensor([500, 11, 1, 1140, 1, 47])
+    idxs = torch.repeat_interleave(sizes)[torch.randperm(1700, generator=torch.Generator().manual_seed(0))]
+    expected = union_over_classes(boxes, scores, idxs, 0.2)
+    assert torch.equal(batched_nms(boxes, scores, idxs, 0.2), expected)
+    padded = nms_padded(boxes[None], scores[None], 0.2, 2000, idxs=idxs[None])
+    assert torch.equal(padded.indices[0, : padded.counts[0]], expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
