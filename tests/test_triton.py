@@ -15,15 +15,15 @@ STEMS = sorted(set(_library.TRITON.values()))
 TESTED_WITH = {"ps_roi_pool": "ps_roi_align"}  # in the same file
 ALSO = {"avg_pool2d": ["pooling_"]}  # tests of several operators
 CAPABILITIES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # with the shared memory that a block may have
-# Compiled CUDA kernels come first there: those in Triton are tested in two types, and in all by `make test-slow`.
-BESIDE_CUDA = ("roi_align", "roi_pool", "ps_roi_align")
+# Tested in two types, and in all by `make test-slow`: where compiled CUDA kernels come first, and what takes long.
+IN_TWO_TYPES = ("roi_align", "roi_pool", "ps_roi_align", "conv2d_local")
 TWO_TYPES = " and not float64 and not bfloat16"
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
 def runs():
     for stem in STEMS:
-        if stem in BESIDE_CUDA:
+        if stem in IN_TWO_TYPES:
             yield pytest.param(stem, TWO_TYPES, id=f"{stem}-two types")
             yield pytest.param(stem, "", id=f"{stem}-all types", marks=pytest.mark.slow)
         elif stem not in TESTED_WITH:
