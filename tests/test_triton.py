@@ -16,7 +16,10 @@ TESTED_WITH = {"ps_roi_pool": "ps_roi_align"}  # in the same file
 ALSO = {"avg_pool2d": ["pooling_"]}  # tests of several operators
 CAPABILITIES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # with the shared memory that a block may have
 # Tested in two types, and in all by `make test-slow`: where compiled CUDA kernels come first, and what takes long.
-IN_TWO_TYPES = ("roi_align", "roi_pool", "ps_roi_align", "conv2d_local", "paste_masks_in_image")
+IN_TWO_TYPES = (
+    *("roi_align", "roi_align_rotated", "roi_pool", "ps_roi_align", "prroi_pool"),
+    *("paste_masks_in_image", "conv2d_local"),
+)
 TWO_TYPES = " and not float64 and not bfloat16"
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from ._launch import Variant, on_device_of
 from ._rois import coordinates, load_box, make_axis, on_level, pixel_range, sample, samples_between
 
-_NOWHERE = 2**31 - 1
-_WIDEST = {"align": 64, "mean": 64, "max": 32}
+NOWHERE = 2**31 - 1
+WIDEST = {"align": 64, "mean": 64, "max": 32}
 """Channels of a tile at most; more of them spill registers with the last."""
 
 
 @triton.jit
-def _store_extent(extent, start, size, mask):
+def store_extent(extent, start, size, mask):
     # Pixels to spare, and more where coordinates are so large that they are rounded to pixels.
     slack = 2 + 1e-5 * (tl.abs(start) + tl.abs(size))
     first = tl.minimum(start, start + size) - slack
@@ -52,15 +52,15 @@ def _extents_kernel(
     belongs = on_level((image >= 0) & (y_grid > 0) & (x_grid > 0), x1, y1, x2, y2, FROM_AREA, TO_AREA)
     extent = extents + k.to(tl.int64) * 5
     tl.store(extent, tl.where(belongs, image, -1), mask=mask)
-    _store_extent(extent + 1, y, y_bin * PH, mask)
-    _store_extent(extent + 3, x, x_bin * PW, mask)
+    store_extent(extent + 1, y, y_bin * PH, mask)
+    store_extent(extent + 3, x, x_bin * PW, mask)
     # Integers: the order of these operations changes nothing.
     tl.atomic_min(members + image, k, mask=belongs)
     tl.atomic_min(members + images + image, -k, mask=belongs)
 
 
 @triton.jit
-def _regions_near(extents, chunk, first, last, image, top, bottom, left, right):
+def regions_near(extents, chunk, first, last, image, top, bottom, left, right):
     """A bit for each of 32 regions: whether it belongs to the image and may touch these pixels."""
     bit = tl.arange(0, 32)
     k = chunk * 32 + bit
@@ -73,7 +73,7 @@ def _regions_near(extents, chunk, first, last, image, top, bottom, left, right):
 
 
 @triton.jit
-def _bins_near(low, high, start, bin, BINS: tl.constexpr):
+def bins_near(low, high, start, bin, BINS: tl.constexpr):
     """The first bin that may reach from ``low`` to ``high`` and the one after the last; all where ``bin`` is 0."""
     a, b = (low - start) / bin, (high - start) / bin  # infinite or NaN where it is, and NaN is never the lesser
     slack = 0.01 + 1e-5 * (tl.abs(a) + tl.abs(b))
@@ -105,8 +105,8 @@ def _add_region(
     OWN_CHANNELS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the bins of one region give these pixels."""
-    row, row_end = _bins_near(top - 1, bottom + 1, y_start, y_bin, PH)
-    column, column_end = _bins_near(left - 1, right + 1, x_start, x_bin, PW)
+    row, row_end = bins_near(top - 1, bottom + 1, y_start, y_bin, PH)
+    column, column_end = bins_near(left - 1, right + 1, x_start, x_bin, PW)
     place = y * width + x
     if OWN_CHANNELS:
         row, row_end = tl.maximum(row, own // PW), tl.minimum(row_end, own // PW + 1)
@@ -153,7 +153,7 @@ def _gather_kernel(
     y, x, mask, c = top + pixel // TILE_X, left + pixel % TILE_X, c < channels, c.to(tl.int64)
     first, last = tl.load(members + image), -tl.load(members + images + image)
     for chunk in range(first // 32, last // 32 + 1):
-        near = _regions_near(extents, chunk, first, last, image, top, bottom, left, right)
+        near = regions_near(extents, chunk, first, last, image, top, bottom, left, right)
         while near != 0:
             lowest = near & -near
             near -= lowest
@@ -206,11 +206,11 @@ def gather(
     images, _, height, width = shape
     count, channels, pooled_height, pooled_width = grad.shape
     extents = torch.empty((count, 5), dtype=torch.int32, device=grad.device)
-    members = torch.full((2, images), _NOWHERE, dtype=torch.int32, device=grad.device)
+    members = torch.full((2, images), NOWHERE, dtype=torch.int32, device=grad.device)
     sums = 4096 if grad.element_size() < 8 else 2048  # 16 a thread in float32
     # An interpreter's time goes by the number of operations.
-    sizes = (_WIDEST[pooling], sums) if grad.is_cuda else (256, 65536)
-    tile = _tile(channels, height, width, pooled_width, own_channels, *sizes)
+    sizes = (WIDEST[pooling], sums) if grad.is_cuda else (256, 65536)
+    tile = tile_of(channels, height, width, pooled_width, own_channels, *sizes)
     tiles_x = triton.cdiv(width, tile["TILE_X"])
     tiles = tiles_x * triton.cdiv(height, tile["TILE_Y"])
     bins = pooled_height * pooled_width if own_channels else 1
@@ -230,7 +230,7 @@ def gather(
     return gradient
 
 
-def _tile(
+def tile_of(
     channels: int, height: int, width: int, pooled_width: int, own_channels: bool, widest: int, sums: int
 ) -> dict[str, int]:
     """A tile of so many sums at most, as square as may be, and how many columns of bins get weights at a time."""
@@ -249,7 +249,7 @@ def variants(dtype: str, channels_last: bool, note: str, **region) -> list[Varia
     region = {
         "PH": 7, "PW": 7, "SCALE": 0.25, "POOLING": "align", "RATIO": 2, "ALIGNED": False, "DTYPE": tl.float32, **region
     }  # fmt: skip
-    tile = _tile(21 if own_channels else 256, 200, 304, 7, own_channels, _WIDEST[region["POOLING"]], 4096)
+    tile = tile_of(21 if own_channels else 256, 200, 304, 7, own_channels, WIDEST[region["POOLING"]], 4096)
     names = [n for n in _gather_kernel.arg_names if n.islower()]
     types = dict.fromkeys(names, "i32") | {"boxes": "*fp32", "extents": "*i32", "members": "*i32"}
     types |= {"grad": f"*{dtype}", "gradient": f"*{dtype}"}

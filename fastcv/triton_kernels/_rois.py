@@ -55,7 +55,7 @@ def make_axis(
         start, last = _round(low), _round(high)
         extent = tl.maximum(last - start + (1 if POOLING == "max" else 0), 1)
         finite = tl.maximum(tl.abs(start), tl.abs(last), tl.PropagateNan.ALL) <= 1e9
-    bin = _divide(extent, BINS)
+    bin = divide(extent, BINS)
     if POOLING != "align":
         grid = tl.where(finite, 1, 0)
     elif RATIO > 0:
@@ -74,7 +74,7 @@ def _round(x):
 
 
 @triton.jit
-def _divide(a, b: tl.constexpr):
+def divide(a, b: tl.constexpr):
     """Exact where the quotient is a number, which ``/`` is not in float32: a bin of two pixels has two samples.
 
     A step of Newton's method, without the call that a division rounded to nearest makes.
@@ -90,8 +90,8 @@ def _divide(a, b: tl.constexpr):
 
 
 @triton.jit
-def _position(origin, bin, grid, inverse, i):
-    """Where sample i of a bin from ``origin`` on is: the quotient by ``grid`` is as in _divide()."""
+def position(origin, bin, grid, inverse, i):
+    """Where sample i of a bin from ``origin`` on is: the quotient by ``grid`` is as in divide()."""
     product = (i.to(origin.dtype) + 0.5) * bin
     quotient = product * inverse
     quotient = tl.fma(tl.fma(-quotient, grid, product), inverse, quotient)
@@ -101,7 +101,7 @@ def _position(origin, bin, grid, inverse, i):
 @triton.jit
 def sample(origin, bin, grid, inverse, i, size):
     """Where sample i of a bin reads a map that is not empty, 0 to ``size - 1``, and whether it counts."""
-    at = _position(origin, bin, grid.to(origin.dtype), inverse, i)
+    at = position(origin, bin, grid.to(origin.dtype), inverse, i)
     inside = (at >= -1) & (at <= size) & (i < grid)
     return tl.minimum(tl.maximum(at, 0), size - 1), inside
 
@@ -113,7 +113,7 @@ def _samples_before(edge, origin, bin, grid, inverse):
     many = few + grid
     for _ in range(31):
         middle = few + (many - few) // 2
-        before = (few < many) & (_position(origin, bin, grid.to(origin.dtype), inverse, middle) < edge)
+        before = (few < many) & (position(origin, bin, grid.to(origin.dtype), inverse, middle) < edge)
         few = tl.where(before, middle + 1, few)
         many = tl.where(before, many, middle)
     return few
@@ -194,10 +194,10 @@ def sum_lanes(x, CHANNELS_LAST: tl.constexpr, LANES: tl.constexpr):
 # ---- launchers -------------------------------------------------------------------------------------
 
 
-def check_rois(boxes: Tensor, pooled_height: int, pooled_width: int, sampling_ratio: int = 0) -> None:
+def check_rois(boxes: Tensor, pooled_height: int, pooled_width: int, sampling_ratio: int = 0, columns: int = 5) -> None:
     """What memory safety and termination need, with the messages of the CPU kernels."""
-    if boxes.dim() != 2 or boxes.shape[1] != 5:
-        raise RuntimeError(f"boxes: expected shape [K, 5], got {list(boxes.shape)}")
+    if boxes.dim() != 2 or boxes.shape[1] != columns:
+        raise RuntimeError(f"boxes: expected shape [K, {columns}], got {list(boxes.shape)}")
     if pooled_height < 1 or pooled_width < 1:
         raise RuntimeError(f"output_size: expected at least 1 x 1, got {pooled_height} x {pooled_width}")
     if sampling_ratio > 2**30:
