@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Variant, on_device_of
-from ._rois import coordinates, load_box, make_axis, on_level, pixel_range, sample, samples_between
+from ._rois import coordinates, load_box, make_axis, mean_of_hat, on_level, pixel_range, sample, samples_between
 
 NOWHERE = 2**31 - 1
-WIDEST = {"align": 64, "mean": 64, "max": 32}
+WIDEST = {"align": 64, "mean": 64, "precise": 64, "max": 32}
 """Channels of a tile at most; more of them spill registers with the last."""
 
 
@@ -83,11 +83,16 @@ def bins_near(low, high, start, bin, BINS: tl.constexpr):
 
 
 @triton.jit
-def _axis_weights(pixel, p, low, high, size, start, bin, grid, inverse, POOLING: tl.constexpr):
+def _axis_weights(
+    pixel, p, low, high, size, start, bin, grid, inverse, POOLING: tl.constexpr, SCALE: tl.constexpr,
+    BINS: tl.constexpr, BY: tl.constexpr,
+):  # fmt: skip
     """The weights of pixels, all of them from ``low`` to ``high``, in bins p."""
     if POOLING == "mean":
         begin, end = pixel_range(start, bin, grid, p, size - 1)
         return tl.where((pixel >= begin) & (pixel < end), 1 / tl.maximum(end - begin, 1).to(start.dtype), 0)
+    elif POOLING == "precise":
+        return mean_of_hat(pixel, p, start, bin, SCALE, BINS, BY)
     else:
         origin = start + p.to(start.dtype) * bin
         first, count = samples_between(low - 1, high + 1, origin, bin, grid, inverse)
@@ -101,8 +106,8 @@ def _axis_weights(pixel, p, low, high, size, start, bin, grid, inverse, POOLING:
 @triton.jit
 def _add_region(
     sum, grad, argmax, channels, mask, y, x, top, bottom, left, right, height, width, y_start, y_bin, y_grid, y_inverse,
-    x_start, x_bin, x_grid, x_inverse, own, PH: tl.constexpr, PW: tl.constexpr, POOLING: tl.constexpr,
-    OWN_CHANNELS: tl.constexpr, BINS: tl.constexpr,
+    x_start, x_bin, x_grid, x_inverse, own, PH: tl.constexpr, PW: tl.constexpr, SCALE: tl.constexpr,
+    POOLING: tl.constexpr, BY_Y: tl.constexpr, BY_X: tl.constexpr, OWN_CHANNELS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the bins of one region give these pixels."""
     row, row_end = bins_near(top - 1, bottom + 1, y_start, y_bin, PH)
@@ -114,11 +119,15 @@ def _add_region(
     for block in range(column // BINS, tl.cdiv(column_end, BINS)):
         p = block * BINS + tl.arange(0, BINS)[None, :]
         if POOLING != "max":
-            weights = _axis_weights(x, p, left, right, width, x_start, x_bin, x_grid, x_inverse, POOLING)
+            weights = _axis_weights(
+                x, p, left, right, width, x_start, x_bin, x_grid, x_inverse, POOLING, SCALE, PW, BY_X
+            )
         for i in range(row_end - row):
             ph = row + i
             if POOLING != "max":
-                row_weight = _axis_weights(y, ph, top, bottom, height, y_start, y_bin, y_grid, y_inverse, POOLING)
+                row_weight = _axis_weights(
+                    y, ph, top, bottom, height, y_start, y_bin, y_grid, y_inverse, POOLING, SCALE, PH, BY_Y
+                )
             for pw in range(tl.maximum(column, block * BINS), tl.minimum(column_end, block * BINS + BINS)):
                 bin = (ph * PW + pw).to(tl.int64) * channels
                 g = tl.load(grad + bin, mask=mask, other=0).to(sum.dtype)
@@ -138,8 +147,9 @@ def _add_region(
 def _gather_kernel(
     grad, argmax, boxes, extents, members, gradient, images, channels, height, width, tiles, tiles_x, box_stride_k,
     box_stride, stride_n, stride_c, stride_y, stride_x, PH: tl.constexpr, PW: tl.constexpr,
-    SCALE: tl.constexpr, POOLING: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, OWN_CHANNELS: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BINS: tl.constexpr,
+    SCALE: tl.constexpr, POOLING: tl.constexpr, BY_Y: tl.constexpr, BY_X: tl.constexpr, RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr, OWN_CHANNELS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     SUM: tl.constexpr = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     image, tile, own = tl.program_id(0) // tiles, tl.program_id(0) % tiles, 0
@@ -164,8 +174,8 @@ def _gather_kernel(
             pooled = k.to(tl.int64) * (PH * PW) * channels + c
             sum = _add_region(
                 sum, grad + pooled, argmax + pooled, channels, mask, y, x, top, bottom, left, right, height, width,
-                y_start, y_bin, y_grid, y_inverse, x_start, x_bin, x_grid, x_inverse, own, PH, PW, POOLING,
-                OWN_CHANNELS, BINS,
+                y_start, y_bin, y_grid, y_inverse, x_start, x_bin, x_grid, x_inverse, own, PH, PW, SCALE,
+                POOLING, BY_Y, BY_X, OWN_CHANNELS, BINS,
             )  # fmt: skip
     if OWN_CHANNELS:
         c = c * (PH * PW) + own
@@ -185,6 +195,7 @@ def gather(
     areas: tuple[float | None, float | None] = (None, None),
     argmax: Tensor | None = None,
     own_channels: bool = False,
+    by: tuple[str, str] = ("", ""),
 ) -> Tensor:
     """The gradient of the map, ``[N, C, H, W]``.
 
@@ -193,6 +204,7 @@ def gather(
         areas: regions from the first to below the second of these have a part in it.
         argmax: with the pooling ``"max"``.
         own_channels: whether every bin has channels of its own.
+        by: with the pooling ``"precise"``, of rows and columns, as of ``mean_of_hat``.
     """
     memory_format = torch._prims_common.suggest_memory_format(grad)
     gradient = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
@@ -225,7 +237,7 @@ def gather(
         )  # fmt: skip
         _gather_kernel[(images * bins * tiles, triton.cdiv(channels, tile["BLOCK_C"]))](
             grad, argmax, boxes, extents, members, gradient, images, channels, height, width, tiles, tiles_x,
-            *boxes.stride(), *gradient.stride(), **region, **tile, num_warps=8,
+            *boxes.stride(), *gradient.stride(), **region, **tile, BY_Y=by[0], BY_X=by[1], num_warps=8,
         )  # fmt: skip
     return gradient
 
@@ -245,7 +257,10 @@ def tile_of(
 
 def variants(dtype: str, channels_last: bool, note: str, **region) -> list[Variant]:
     """Both kernels for 256 channels, or 21 of every bin's own, and 7 x 7 bins."""
-    own_channels = region.pop("OWN_CHANNELS", False)
+    own_channels, by = (
+        region.pop("OWN_CHANNELS", False),
+        {"BY_Y": region.pop("BY_Y", ""), "BY_X": region.pop("BY_X", "")},
+    )
     region = {
         "PH": 7, "PW": 7, "SCALE": 0.25, "POOLING": "align", "RATIO": 2, "ALIGNED": False, "DTYPE": tl.float32, **region
     }  # fmt: skip
@@ -260,5 +275,5 @@ def variants(dtype: str, channels_last: bool, note: str, **region) -> list[Varia
     bounds = {"box_stride": 1, "FROM_AREA": None, "TO_AREA": None, "BLOCK": 128}
     return [
         Variant(_extents_kernel, extents, {**bounds, **region}, note="1000 regions: 40 KB; a launch"),
-        Variant(_gather_kernel, types, {**ones, **region, **tile}, divisible, num_warps=8, note=note),
+        Variant(_gather_kernel, types, {**ones, **region, **tile, **by}, divisible, num_warps=8, note=note),
     ]

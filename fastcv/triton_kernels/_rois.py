@@ -2,7 +2,8 @@
 
 An axis of a region is four numbers: where its first bin starts and the size of a bin, in pixels of the map, the
 samples per bin, 0 in a region that gives nothing, and the inverse of their number. ``POOLING`` is ``"align"``, bilinear
-samples, or ``"max"`` or ``"mean"`` of whole pixels; there the number of samples only says whether there is anything.
+samples, ``"max"`` or ``"mean"`` of whole pixels, or ``"precise"``, integrals; but for the first, the number of samples
+only says whether there is anything.
 Coordinates are float32, or float64 where the boxes or the features are.
 """
 
@@ -51,12 +52,17 @@ def make_axis(
         if not ALIGNED:
             extent = tl.where(extent < 1, 1, extent)
         finite = tl.maximum(tl.abs(start), tl.abs(extent), tl.PropagateNan.ALL) <= 1e30
+    elif POOLING == "precise":
+        start, extent = low, high - low
+        finite = (tl.abs(start) <= 1e9) & (extent <= 1e9)
     else:
         start, last = _round(low), _round(high)
         extent = tl.maximum(last - start + (1 if POOLING == "max" else 0), 1)
         finite = tl.maximum(tl.abs(start), tl.abs(last), tl.PropagateNan.ALL) <= 1e9
     bin = divide(extent, BINS)
-    if POOLING != "align":
+    if POOLING == "precise":
+        grid = tl.where(finite & (bin > 0), 1, 0)
+    elif POOLING != "align":
         grid = tl.where(finite, 1, 0)
     elif RATIO > 0:
         grid = tl.where(finite, RATIO, 0)
@@ -143,6 +149,47 @@ def pixel_range(start, bin, grid, p, end):
     high = tl.minimum(tl.maximum(tl.ceil((p + 1).to(start.dtype) * bin) + start, 0), end)
     some = (grid > 0) & (end > 0)
     return tl.where(some, low, 0).to(tl.int32), tl.where(some, high, 0).to(tl.int32)
+
+
+# ---- integrals -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pixels_met(start, bin, grid, p, size):
+    """First pixel whose hat bin p meets and the one after the last, of those on the map."""
+    low = tl.floor(start + p.to(start.dtype) * bin)
+    high = tl.ceil(start + (p + 1).to(start.dtype) * bin) + 1
+    low, high = tl.minimum(tl.maximum(low, 0), size), tl.minimum(tl.maximum(high, 0), size)
+    return tl.where(grid > 0, low, 0).to(tl.int32), tl.where(grid > 0, high, 0).to(tl.int32)
+
+
+@triton.jit
+def _hat(t):
+    return tl.maximum(1 - tl.abs(t), 0)
+
+
+@triton.jit
+def _integral(a, b, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of the hat over the part of a to b where it is linear."""
+    low, high = tl.maximum(a, LEFT), tl.minimum(b, RIGHT)
+    return tl.maximum(high - low, 0) * _hat((low + high) * 0.5)
+
+
+@triton.jit
+def mean_of_hat(pixel, p, start, bin, SCALE: tl.constexpr, BINS: tl.constexpr, BY: tl.constexpr):
+    """Of a pixel's hat, over bin p; or its derivative ``BY`` the region's ``"low"`` or ``"high"`` coordinate."""
+    a = start + p.to(start.dtype) * bin - pixel
+    b = start + (p + 1).to(start.dtype) * bin - pixel
+    some = b > a  # far away, or of small bins, ends are rounded to each other
+    width = tl.where(some, b - a, 1)
+    mean = (_integral(a, b, -1, 0) + _integral(a, b, 0, 1)) / width
+    if BY == "":
+        return tl.where(some, mean, _hat(a))
+    else:
+        to_a, to_b = p.to(start.dtype) / BINS, (p + 1).to(start.dtype) / BINS
+        if BY == "low":
+            to_a, to_b = 1 - to_a, 1 - to_b
+        return tl.where(some, SCALE * ((mean - _hat(a)) * to_a + (_hat(b) - mean) * to_b) / width, 0)
 
 
 # ---- blocks of outputs: bins, each in several lanes, times channels -------------------------------
