@@ -22,7 +22,7 @@ from torch import Tensor
 from ._launch import Variant, on_device_of
 from ._rois import coordinates, load_box, make_axis, mean_of_hat, on_level, pixel_range, sample, samples_between
 
-NOWHERE = 2**31 - 1
+_NOWHERE = 2**31 - 1
 WIDEST = {"align": 64, "mean": 64, "precise": 64, "max": 32}
 """Channels of a tile at most; more of them spill registers with the last."""
 
@@ -217,14 +217,8 @@ def gather(
     argmax = grad if argmax is None else argmax.contiguous(memory_format=torch.channels_last)
     images, _, height, width = shape
     count, channels, pooled_height, pooled_width = grad.shape
-    extents = torch.empty((count, 5), dtype=torch.int32, device=grad.device)
-    members = torch.full((2, images), NOWHERE, dtype=torch.int32, device=grad.device)
-    sums = 4096 if grad.element_size() < 8 else 2048  # 16 a thread in float32
-    # An interpreter's time goes by the number of operations.
-    sizes = (WIDEST[pooling], sums) if grad.is_cuda else (256, 65536)
-    tile = tile_of(channels, height, width, pooled_width, own_channels, *sizes)
-    tiles_x = triton.cdiv(width, tile["TILE_X"])
-    tiles = tiles_x * triton.cdiv(height, tile["TILE_Y"])
+    extents, members = make_tables(grad, images)
+    tile, tiles, tiles_x = divide_map(grad, height, width, WIDEST[pooling], own_channels)
     bins = pooled_height * pooled_width if own_channels else 1
     region = {
         "PH": pooled_height, "PW": pooled_width, "SCALE": spatial_scale, "POOLING": pooling,
@@ -240,6 +234,24 @@ def gather(
             *boxes.stride(), *gradient.stride(), **region, **tile, BY_Y=by[0], BY_X=by[1], num_warps=8,
         )  # fmt: skip
     return gradient
+
+
+def make_tables(grad: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Extents of regions and members of images, for a first kernel to write."""
+    extents = torch.empty((grad.shape[0], 5), dtype=torch.int32, device=grad.device)
+    return extents, torch.full((2, images), _NOWHERE, dtype=torch.int32, device=grad.device)
+
+
+def divide_map(
+    grad: Tensor, height: int, width: int, widest: int, own_channels: bool = False
+) -> tuple[dict[str, int], int, int]:
+    """What a tile is, of at most ``widest`` channels; tiles of an image, and in a row of it."""
+    sums = 4096 if grad.element_size() < 8 else 2048  # 16 a thread in float32
+    # An interpreter's time goes by the number of operations.
+    sizes = (widest, sums) if grad.is_cuda else (256, 65536)
+    tile = tile_of(grad.shape[1], height, width, grad.shape[3], own_channels, *sizes)
+    across = triton.cdiv(width, tile["TILE_X"])
+    return tile, across * triton.cdiv(height, tile["TILE_Y"]), across
 
 
 def tile_of(

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Variant, on_device_of
-from ._roi_gradients import NOWHERE, WIDEST, bins_near, regions_near, tile_of
+from ._roi_gradients import WIDEST, bins_near, divide_map, make_tables, regions_near, tile_of
 from ._rois import (
     block_of,
     check_grad,
@@ -295,18 +295,11 @@ def roi_align_rotated_backward(
         return gradient.zero_()
     # Lanes go along channels. Copied once, regions' gradients are read by several tiles.
     grad = grad.contiguous(memory_format=torch.channels_last)
-    count = grad.shape[0]
-    extents = torch.empty((count, 5), dtype=torch.int32, device=grad.device)
-    members = torch.full((2, batch_size), NOWHERE, dtype=torch.int32, device=grad.device)
-    sums = 4096 if grad.element_size() < 8 else 2048  # 16 a thread in float32
-    # An interpreter's time goes by the number of operations.
-    sizes = (WIDEST["align"], sums) if grad.is_cuda else (256, 65536)
-    tile = tile_of(channels, height, width, pooled_width, False, *sizes)
+    extents, members = make_tables(grad, batch_size)
+    tile, tiles, tiles_x = divide_map(grad, height, width, WIDEST["align"])
     tile.pop("OWN_CHANNELS")
-    tiles_x = triton.cdiv(width, tile["TILE_X"])
-    tiles = tiles_x * triton.cdiv(height, tile["TILE_Y"])
     with on_device_of(grad):
-        _extents_kernel[(count,)](boxes, extents, members, batch_size, *boxes.stride(), **region, num_warps=1)
+        _extents_kernel[(grad.shape[0],)](boxes, extents, members, batch_size, *boxes.stride(), **region, num_warps=1)
         _gather_kernel[(batch_size * tiles, triton.cdiv(channels, tile["BLOCK_C"]))](
             grad, boxes, extents, members, gradient, batch_size, channels, height, width, tiles, tiles_x,
             *boxes.stride(), *gradient.stride(), **region, **tile, num_warps=8,
