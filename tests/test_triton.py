@@ -15,18 +15,16 @@ STEMS = sorted(set(_library.TRITON.values()))
 TESTED_WITH = {"ps_roi_pool": "ps_roi_align"}  # in the same file
 ALSO = {"avg_pool2d": ["pooling_"]}  # tests of several operators
 CAPABILITIES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # with the shared memory that a block may have
-# Compiled CUDA kernels come first there: those in Triton are tested in one or two types, without what takes the
-# interpreter long, and in all by `make test-slow`.
+# Compiled CUDA kernels come before most of these, and others take the interpreter long: they are tested in one or two
+# types, without what takes longest, and in all by `make test-slow`.
 TWO_TYPES = " and not float64 and not bfloat16"
 ONE_TYPE = f"{TWO_TYPES} and not float16"
-BESIDE_CUDA = {
+REGIONS = ("prroi_pool", "ps_roi_align", "roi_align", "roi_align_rotated", "roi_pool")
+IN_PART = dict.fromkeys((*REGIONS, "conv2d_local", "paste_masks_in_image"), TWO_TYPES) | {
     "match_boxes": ONE_TYPE,
     "matrix_nms": " and (not float64 or crowded or duplicates)",
     "nms": f"{ONE_TYPE} and not rotated and not copies and not union and not 3000 and not (oracle and not crowded)",
     "nms_rotated": f"{ONE_TYPE} and not 1100",
-    "ps_roi_align": TWO_TYPES,
-    "roi_align": TWO_TYPES,
-    "roi_pool": TWO_TYPES,
     "soft_nms": " and not naive_is_nms and not properties and not strides and (not float64 or (duplicates and linear))",
     "weighted_boxes_fusion": " and not units and (not matches or (float64 and box_and)) and (not hundreds or max)",
 }
@@ -35,9 +33,9 @@ MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 def runs():
     for stem in STEMS:
-        if stem in BESIDE_CUDA:
-            yield pytest.param(stem, BESIDE_CUDA[stem], id=f"{stem}-some types")
-            yield pytest.param(stem, "", id=f"{stem}-all types", marks=pytest.mark.slow)
+        if stem in IN_PART:
+            yield pytest.param(stem, IN_PART[stem], id=f"{stem}-in part")
+            yield pytest.param(stem, "", id=f"{stem}-all", marks=pytest.mark.slow)
         elif stem not in TESTED_WITH:
             yield pytest.param(stem, "", id=stem)
 

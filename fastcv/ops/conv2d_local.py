@@ -13,14 +13,20 @@ from ._checks import check_floating, check_same_device, check_shape, pair
 from ._vmap import register_image_vmap
 
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
-define(f"conv2d_local(Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", reference.conv2d_local.conv2d_local)
+define(
+    f"conv2d_local(Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
+    reference.conv2d_local.conv2d_local,
+    triton=True,
+)
 define(
     f"conv2d_local_input_backward(Tensor grad, Tensor weight, SymInt[2] input_size, {_GEOMETRY}) -> Tensor",
     reference.conv2d_local.conv2d_local_input_backward,
+    triton=True,
 )
 define(
     f"conv2d_local_weight_backward(Tensor grad, Tensor input, SymInt[2] kernel_size, {_GEOMETRY}) -> Tensor",
     reference.conv2d_local.conv2d_local_weight_backward,
+    triton=True,
 )
 
 

@@ -15,6 +15,7 @@ _reference = reference.paste_masks_in_image
 define(
     "paste_masks_in_image(Tensor masks, Tensor corners, SymInt height, SymInt width, SymInt padding) -> Tensor",
     _reference.paste_masks_in_image,
+    triton=True,
 )
 
 

@@ -24,11 +24,13 @@ define(
     "prroi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, int part) "
     "-> Tensor",
     reference.prroi_pool.prroi_pool,
+    triton=True,
 )
 define(
     "prroi_pool_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "SymInt batch_size, SymInt channels, SymInt height, SymInt width, int part) -> Tensor",
     reference.prroi_pool.prroi_pool_backward,
+    triton=True,
 )
 
 

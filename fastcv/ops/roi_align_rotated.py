@@ -24,12 +24,14 @@ define(
     "roi_align_rotated(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio, bool aligned, bool clockwise) -> Tensor",
     reference.roi_align_rotated.roi_align_rotated,
+    triton=True,
 )
 define(
     "roi_align_rotated_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, "
     "SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width, int sampling_ratio, "
     "bool aligned, bool clockwise) -> Tensor",
     reference.roi_align_rotated.roi_align_rotated_backward,
+    triton=True,
 )
 
 

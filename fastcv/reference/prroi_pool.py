@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .roi_align import _accumulate_dtype, _coordinates, as_format_of, check_batch_index
+from .roi_align import as_format_of, prepare
 
 
 def _hat(t: Tensor) -> Tensor:
@@ -58,9 +58,7 @@ def _regions(height, width, boxes, spatial_scale, pooled_height, pooled_width, p
 def prroi_pool(
     input: Tensor, boxes: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, part: int
 ) -> Tensor:
-    rois = _coordinates(boxes, input)
-    check_batch_index(rois, input.shape[0])
-    dtype = _accumulate_dtype(input.dtype)
+    rois, dtype = prepare(boxes, input, input.shape[0])
     outputs = [input.new_zeros(0, input.shape[1], pooled_height, pooled_width, dtype=dtype)]
     with torch.autocast(boxes.device.type, enabled=False):
         for image, rows, columns in _regions(
@@ -83,9 +81,7 @@ def prroi_pool_backward(
     part: int,
 ) -> Tensor:
     """The forward's matrices transposed, region by region."""
-    rois = _coordinates(boxes, grad)
-    check_batch_index(rois, batch_size)
-    dtype = _accumulate_dtype(grad.dtype)
+    rois, dtype = prepare(boxes, grad, batch_size)
     gradient = grad.new_zeros(batch_size, channels, height, width, dtype=dtype)
     with torch.autocast(boxes.device.type, enabled=False):
         regions = _regions(height, width, rois, spatial_scale, pooled_height, pooled_width, part, dtype)

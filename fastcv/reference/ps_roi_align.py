@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .roi_align import _accumulate_dtype, _axis_weights, _coordinates, as_format_of, check_batch_index
+from .roi_align import _axis_weights, as_format_of, prepare
 
 AxisWeights = Callable[[Tensor, Tensor, int, int], Tensor]
 """``(low, high, size, bins)`` of one axis of one region, before scaling -> weights ``[bins, size]``."""
@@ -25,10 +25,8 @@ def _bilinear(spatial_scale: float, sampling_ratio: int) -> AxisWeights:
 
 
 def pool(input: Tensor, boxes: Tensor, bins: tuple[int, int], axis_weights: AxisWeights) -> Tensor:
-    rois = _coordinates(boxes, input)
     images, channels, height, width = input.shape
-    check_batch_index(rois, images)
-    dtype = _accumulate_dtype(input.dtype)
+    rois, dtype = prepare(boxes, input, images)
     outputs = [input.new_zeros(0, channels // (bins[0] * bins[1]), *bins, dtype=dtype)]
     with torch.autocast(boxes.device.type, enabled=False):
         for roi in rois:
@@ -41,11 +39,9 @@ def pool(input: Tensor, boxes: Tensor, bins: tuple[int, int], axis_weights: Axis
 
 
 def pool_backward(grad: Tensor, boxes: Tensor, shape: tuple[int, ...], axis_weights: AxisWeights) -> Tensor:
-    rois = _coordinates(boxes, grad)
     images, _, height, width = shape
-    check_batch_index(rois, images)
+    rois, dtype = prepare(boxes, grad, images)
     bins = grad.shape[2:]
-    dtype = _accumulate_dtype(grad.dtype)
     gradient = grad.new_zeros(images, grad.shape[1], *bins, height, width, dtype=dtype)
     with torch.autocast(boxes.device.type, enabled=False):
         for g, roi in zip(grad.to(dtype), rois, strict=True):

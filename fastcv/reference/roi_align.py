@@ -13,12 +13,6 @@ import torch
 from torch import Tensor
 
 
-def _coordinates(boxes: Tensor, features: Tensor) -> Tensor:
-    """Boxes in the type of the arithmetic: double where either is, float32 otherwise."""
-    double = torch.float64 in (boxes.dtype, features.dtype)
-    return boxes.to(torch.float64 if double else torch.float32)
-
-
 def _axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio: int, widen: bool) -> Tensor:
     """One axis of one region, in pixels -> the weight of each of ``size`` pixels in each bin, ``[bins, size]``."""
     extent = high - low
@@ -52,8 +46,12 @@ def _axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_rati
     return weights
 
 
-def check_batch_index(boxes: Tensor, images: int) -> None:
-    """Raise for the first region whose batch index is not that of an image."""
+def prepare(boxes: Tensor, features: Tensor, images: int) -> tuple[Tensor, torch.dtype]:
+    """Boxes in the type of coordinates, double where they or the features are and else float32; and the type of sums,
+    double where the features are. Raises for the first region whose batch index is not that of an image.
+    """
+    double = torch.float64 in (boxes.dtype, features.dtype)
+    boxes = boxes.to(torch.float64 if double else torch.float32)
     bad = ~((boxes[:, 0] >= 0) & (boxes[:, 0] < images))
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -61,6 +59,7 @@ def check_batch_index(boxes: Tensor, images: int) -> None:
             f"boxes: row {row} has batch index {float(boxes[row, 0])}, expected 0 to {images - 1} "
             f"(the input holds {images} images)"
         )
+    return boxes, torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _regions(sizes, boxes, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned, dtype):
@@ -72,10 +71,6 @@ def _regions(sizes, boxes, levels, spatial_scales, pooled_height, pooled_width, 
         rows = _axis_weights(y1, y2, height, pooled_height, sampling_ratio, not aligned)
         columns = _axis_weights(x1, x2, width, pooled_width, sampling_ratio, not aligned)
         yield level, int(roi[0]), rows.to(dtype), columns.to(dtype)
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_format_of(result: Tensor, like: Tensor) -> Tensor:
@@ -122,10 +117,8 @@ def multiscale_roi_align(
     canonical_scale: int,
     canonical_level: int,
 ) -> Tensor:
-    rois = _coordinates(boxes, inputs[0])
-    check_batch_index(rois, inputs[0].shape[0])
+    rois, dtype = prepare(boxes, inputs[0], inputs[0].shape[0])
     levels = _levels(rois, spatial_scales, canonical_scale, canonical_level)
-    dtype = _accumulate_dtype(inputs[0].dtype)
     sizes = [m.shape[2:] for m in inputs]
     outputs = [inputs[0].new_zeros(0, inputs[0].shape[1], pooled_height, pooled_width, dtype=dtype)]
     with torch.autocast(boxes.device.type, enabled=False):
@@ -171,10 +164,8 @@ def multiscale_roi_align_backward(
     canonical_level: int,
 ) -> list[Tensor]:
     """The forward's matrices transposed, region by region."""
-    rois = _coordinates(boxes, grad)
-    check_batch_index(rois, batch_size)
+    rois, dtype = prepare(boxes, grad, batch_size)
     levels = _levels(rois, spatial_scales, canonical_scale, canonical_level)
-    dtype = _accumulate_dtype(grad.dtype)
     sizes = list(zip(heights, widths, strict=True))
     gradients = [grad.new_zeros(batch_size, channels, h, w, dtype=dtype) for h, w in sizes]
     with torch.autocast(boxes.device.type, enabled=False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .roi_align import _accumulate_dtype, _coordinates, as_format_of, check_batch_index
+from .roi_align import as_format_of, prepare
 
 
 def _grid(bin_size: Tensor, sampling_ratio: int) -> int:
@@ -68,9 +68,7 @@ def roi_align_rotated(
     aligned: bool,
     clockwise: bool,
 ) -> Tensor:
-    rois = _coordinates(boxes, input)
-    check_batch_index(rois, input.shape[0])
-    dtype = _accumulate_dtype(input.dtype)
+    rois, dtype = prepare(boxes, input, input.shape[0])
     bins, (height, width) = (pooled_height, pooled_width), input.shape[2:]
     outputs = [input.new_zeros(0, input.shape[1], *bins, dtype=dtype)]
     with torch.autocast(boxes.device.type, enabled=False):
@@ -96,9 +94,8 @@ def roi_align_rotated_backward(
     clockwise: bool,
 ) -> Tensor:
     """The forward's matrices transposed, region by region."""
-    rois = _coordinates(boxes, grad)
-    check_batch_index(rois, batch_size)
-    dtype, bins = _accumulate_dtype(grad.dtype), (pooled_height, pooled_width)
+    rois, dtype = prepare(boxes, grad, batch_size)
+    bins = pooled_height, pooled_width
     gradient = grad.new_zeros(batch_size, channels, height * width, dtype=dtype)
     with torch.autocast(boxes.device.type, enabled=False):
         for g, roi in zip(grad, rois, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .roi_align import _coordinates, as_format_of, check_batch_index
+from .roi_align import as_format_of, prepare
 
 
 def _round(x: Tensor) -> Tensor:
@@ -27,9 +27,8 @@ def _ranges(low: Tensor, high: Tensor, scale: float, bins: int, size: int) -> li
 def roi_pool(
     input: Tensor, boxes: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
 ) -> tuple[Tensor, Tensor]:
-    rois = _coordinates(boxes, input)
     images, channels, height, width = input.shape
-    check_batch_index(rois, images)
+    rois, _ = prepare(boxes, input, images)
     output = input.new_zeros(rois.shape[0], channels, pooled_height, pooled_width)
     argmax = torch.full(output.shape, -1, dtype=torch.int32, device=input.device)
     for k, roi in enumerate(rois):
@@ -61,10 +60,8 @@ def roi_pool_backward(
     height: int,
     width: int,
 ) -> Tensor:
-    rois = _coordinates(boxes, grad)
-    check_batch_index(rois, batch_size)
+    rois, dtype = prepare(boxes, grad, batch_size)
     _check_argmax(argmax, rois, spatial_scale, pooled_height, height, width)
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     gradient = torch.zeros(batch_size, channels, height * width, dtype=dtype, device=grad.device)
     image, channel, position = gather_index(rois, argmax)
     values = torch.where(argmax >= 0, grad, 0).to(dtype).flatten(2)

@@ -20,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Variant, on_device_of
-from ._rois import coordinates, load_box, make_axis, on_level, pixel_range, sample, samples_between
+from ._rois import coordinates, load_box, make_axis, mean_of_hat, on_level, pixel_range, sample, samples_between
 
 _NOWHERE = 2**31 - 1
-_WIDEST = {"align": 64, "mean": 64, "max": 32}
+WIDEST = {"align": 64, "mean": 64, "precise": 64, "max": 32}
 """Channels of a tile at most; more of them spill registers with the last."""
 
 
 @triton.jit
-def _store_extent(extent, start, size, mask):
+def store_extent(extent, start, size, mask):
     # Pixels to spare, and more where coordinates are so large that they are rounded to pixels.
     slack = 2 + 1e-5 * (tl.abs(start) + tl.abs(size))
     first = tl.minimum(start, start + size) - slack
@@ -52,15 +52,15 @@ def _extents_kernel(
     belongs = on_level((image >= 0) & (y_grid > 0) & (x_grid > 0), x1, y1, x2, y2, FROM_AREA, TO_AREA)
     extent = extents + k.to(tl.int64) * 5
     tl.store(extent, tl.where(belongs, image, -1), mask=mask)
-    _store_extent(extent + 1, y, y_bin * PH, mask)
-    _store_extent(extent + 3, x, x_bin * PW, mask)
+    store_extent(extent + 1, y, y_bin * PH, mask)
+    store_extent(extent + 3, x, x_bin * PW, mask)
     # Integers: the order of these operations changes nothing.
     tl.atomic_min(members + image, k, mask=belongs)
     tl.atomic_min(members + images + image, -k, mask=belongs)
 
 
 @triton.jit
-def _regions_near(extents, chunk, first, last, image, top, bottom, left, right):
+def regions_near(extents, chunk, first, last, image, top, bottom, left, right):
     """A bit for each of 32 regions: whether it belongs to the image and may touch these pixels."""
     bit = tl.arange(0, 32)
     k = chunk * 32 + bit
@@ -73,7 +73,7 @@ def _regions_near(extents, chunk, first, last, image, top, bottom, left, right):
 
 
 @triton.jit
-def _bins_near(low, high, start, bin, BINS: tl.constexpr):
+def bins_near(low, high, start, bin, BINS: tl.constexpr):
     """The first bin that may reach from ``low`` to ``high`` and the one after the last; all where ``bin`` is 0."""
     a, b = (low - start) / bin, (high - start) / bin  # infinite or NaN where it is, and NaN is never the lesser
     slack = 0.01 + 1e-5 * (tl.abs(a) + tl.abs(b))
@@ -83,11 +83,16 @@ def _bins_near(low, high, start, bin, BINS: tl.constexpr):
 
 
 @triton.jit
-def _axis_weights(pixel, p, low, high, size, start, bin, grid, inverse, POOLING: tl.constexpr):
+def _axis_weights(
+    pixel, p, low, high, size, start, bin, grid, inverse, POOLING: tl.constexpr, SCALE: tl.constexpr,
+    BINS: tl.constexpr, BY: tl.constexpr,
+):  # fmt: skip
     """The weights of pixels, all of them from ``low`` to ``high``, in bins p."""
     if POOLING == "mean":
         begin, end = pixel_range(start, bin, grid, p, size - 1)
         return tl.where((pixel >= begin) & (pixel < end), 1 / tl.maximum(end - begin, 1).to(start.dtype), 0)
+    elif POOLING == "precise":
+        return mean_of_hat(pixel, p, start, bin, SCALE, BINS, BY)
     else:
         origin = start + p.to(start.dtype) * bin
         first, count = samples_between(low - 1, high + 1, origin, bin, grid, inverse)
@@ -101,12 +106,12 @@ def _axis_weights(pixel, p, low, high, size, start, bin, grid, inverse, POOLING:
 @triton.jit
 def _add_region(
     sum, grad, argmax, channels, mask, y, x, top, bottom, left, right, height, width, y_start, y_bin, y_grid, y_inverse,
-    x_start, x_bin, x_grid, x_inverse, own, PH: tl.constexpr, PW: tl.constexpr, POOLING: tl.constexpr,
-    OWN_CHANNELS: tl.constexpr, BINS: tl.constexpr,
+    x_start, x_bin, x_grid, x_inverse, own, PH: tl.constexpr, PW: tl.constexpr, SCALE: tl.constexpr,
+    POOLING: tl.constexpr, BY_Y: tl.constexpr, BY_X: tl.constexpr, OWN_CHANNELS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the bins of one region give these pixels."""
-    row, row_end = _bins_near(top - 1, bottom + 1, y_start, y_bin, PH)
-    column, column_end = _bins_near(left - 1, right + 1, x_start, x_bin, PW)
+    row, row_end = bins_near(top - 1, bottom + 1, y_start, y_bin, PH)
+    column, column_end = bins_near(left - 1, right + 1, x_start, x_bin, PW)
     place = y * width + x
     if OWN_CHANNELS:
         row, row_end = tl.maximum(row, own // PW), tl.minimum(row_end, own // PW + 1)
@@ -114,11 +119,15 @@ def _add_region(
     for block in range(column // BINS, tl.cdiv(column_end, BINS)):
         p = block * BINS + tl.arange(0, BINS)[None, :]
         if POOLING != "max":
-            weights = _axis_weights(x, p, left, right, width, x_start, x_bin, x_grid, x_inverse, POOLING)
+            weights = _axis_weights(
+                x, p, left, right, width, x_start, x_bin, x_grid, x_inverse, POOLING, SCALE, PW, BY_X
+            )
         for i in range(row_end - row):
             ph = row + i
             if POOLING != "max":
-                row_weight = _axis_weights(y, ph, top, bottom, height, y_start, y_bin, y_grid, y_inverse, POOLING)
+                row_weight = _axis_weights(
+                    y, ph, top, bottom, height, y_start, y_bin, y_grid, y_inverse, POOLING, SCALE, PH, BY_Y
+                )
             for pw in range(tl.maximum(column, block * BINS), tl.minimum(column_end, block * BINS + BINS)):
                 bin = (ph * PW + pw).to(tl.int64) * channels
                 g = tl.load(grad + bin, mask=mask, other=0).to(sum.dtype)
@@ -138,8 +147,9 @@ def _add_region(
 def _gather_kernel(
     grad, argmax, boxes, extents, members, gradient, images, channels, height, width, tiles, tiles_x, box_stride_k,
     box_stride, stride_n, stride_c, stride_y, stride_x, PH: tl.constexpr, PW: tl.constexpr,
-    SCALE: tl.constexpr, POOLING: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, OWN_CHANNELS: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BINS: tl.constexpr,
+    SCALE: tl.constexpr, POOLING: tl.constexpr, BY_Y: tl.constexpr, BY_X: tl.constexpr, RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr, OWN_CHANNELS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     SUM: tl.constexpr = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     image, tile, own = tl.program_id(0) // tiles, tl.program_id(0) % tiles, 0
@@ -153,7 +163,7 @@ def _gather_kernel(
     y, x, mask, c = top + pixel // TILE_X, left + pixel % TILE_X, c < channels, c.to(tl.int64)
     first, last = tl.load(members + image), -tl.load(members + images + image)
     for chunk in range(first // 32, last // 32 + 1):
-        near = _regions_near(extents, chunk, first, last, image, top, bottom, left, right)
+        near = regions_near(extents, chunk, first, last, image, top, bottom, left, right)
         while near != 0:
             lowest = near & -near
             near -= lowest
@@ -164,8 +174,8 @@ def _gather_kernel(
             pooled = k.to(tl.int64) * (PH * PW) * channels + c
             sum = _add_region(
                 sum, grad + pooled, argmax + pooled, channels, mask, y, x, top, bottom, left, right, height, width,
-                y_start, y_bin, y_grid, y_inverse, x_start, x_bin, x_grid, x_inverse, own, PH, PW, POOLING,
-                OWN_CHANNELS, BINS,
+                y_start, y_bin, y_grid, y_inverse, x_start, x_bin, x_grid, x_inverse, own, PH, PW, SCALE,
+                POOLING, BY_Y, BY_X, OWN_CHANNELS, BINS,
             )  # fmt: skip
     if OWN_CHANNELS:
         c = c * (PH * PW) + own
@@ -185,6 +195,7 @@ def gather(
     areas: tuple[float | None, float | None] = (None, None),
     argmax: Tensor | None = None,
     own_channels: bool = False,
+    by: tuple[str, str] = ("", ""),
 ) -> Tensor:
     """The gradient of the map, ``[N, C, H, W]``.
 
@@ -193,6 +204,7 @@ def gather(
         areas: regions from the first to below the second of these have a part in it.
         argmax: with the pooling ``"max"``.
         own_channels: whether every bin has channels of its own.
+        by: with the pooling ``"precise"``, of rows and columns, as of ``mean_of_hat``.
     """
     memory_format = torch._prims_common.suggest_memory_format(grad)
     gradient = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
@@ -205,14 +217,8 @@ def gather(
     argmax = grad if argmax is None else argmax.contiguous(memory_format=torch.channels_last)
     images, _, height, width = shape
     count, channels, pooled_height, pooled_width = grad.shape
-    extents = torch.empty((count, 5), dtype=torch.int32, device=grad.device)
-    members = torch.full((2, images), _NOWHERE, dtype=torch.int32, device=grad.device)
-    sums = 4096 if grad.element_size() < 8 else 2048  # 16 a thread in float32
-    # An interpreter's time goes by the number of operations.
-    sizes = (_WIDEST[pooling], sums) if grad.is_cuda else (256, 65536)
-    tile = _tile(channels, height, width, pooled_width, own_channels, *sizes)
-    tiles_x = triton.cdiv(width, tile["TILE_X"])
-    tiles = tiles_x * triton.cdiv(height, tile["TILE_Y"])
+    extents, members = make_tables(grad, images)
+    tile, tiles, tiles_x = divide_map(grad, height, width, WIDEST[pooling], own_channels)
     bins = pooled_height * pooled_width if own_channels else 1
     region = {
         "PH": pooled_height, "PW": pooled_width, "SCALE": spatial_scale, "POOLING": pooling,
@@ -225,12 +231,30 @@ def gather(
         )  # fmt: skip
         _gather_kernel[(images * bins * tiles, triton.cdiv(channels, tile["BLOCK_C"]))](
             grad, argmax, boxes, extents, members, gradient, images, channels, height, width, tiles, tiles_x,
-            *boxes.stride(), *gradient.stride(), **region, **tile, num_warps=8,
+            *boxes.stride(), *gradient.stride(), **region, **tile, BY_Y=by[0], BY_X=by[1], num_warps=8,
         )  # fmt: skip
     return gradient
 
 
-def _tile(
+def make_tables(grad: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Extents of regions and members of images, for a first kernel to write."""
+    extents = torch.empty((grad.shape[0], 5), dtype=torch.int32, device=grad.device)
+    return extents, torch.full((2, images), _NOWHERE, dtype=torch.int32, device=grad.device)
+
+
+def divide_map(
+    grad: Tensor, height: int, width: int, widest: int, own_channels: bool = False
+) -> tuple[dict[str, int], int, int]:
+    """What a tile is, of at most ``widest`` channels; tiles of an image, and in a row of it."""
+    sums = 4096 if grad.element_size() < 8 else 2048  # 16 a thread in float32
+    # An interpreter's time goes by the number of operations.
+    sizes = (widest, sums) if grad.is_cuda else (256, 65536)
+    tile = tile_of(grad.shape[1], height, width, grad.shape[3], own_channels, *sizes)
+    across = triton.cdiv(width, tile["TILE_X"])
+    return tile, across * triton.cdiv(height, tile["TILE_Y"]), across
+
+
+def tile_of(
     channels: int, height: int, width: int, pooled_width: int, own_channels: bool, widest: int, sums: int
 ) -> dict[str, int]:
     """A tile of so many sums at most, as square as may be, and how many columns of bins get weights at a time."""
@@ -245,11 +269,14 @@ def _tile(
 
 def variants(dtype: str, channels_last: bool, note: str, **region) -> list[Variant]:
     """Both kernels for 256 channels, or 21 of every bin's own, and 7 x 7 bins."""
-    own_channels = region.pop("OWN_CHANNELS", False)
+    own_channels, by = (
+        region.pop("OWN_CHANNELS", False),
+        {"BY_Y": region.pop("BY_Y", ""), "BY_X": region.pop("BY_X", "")},
+    )
     region = {
         "PH": 7, "PW": 7, "SCALE": 0.25, "POOLING": "align", "RATIO": 2, "ALIGNED": False, "DTYPE": tl.float32, **region
     }  # fmt: skip
-    tile = _tile(21 if own_channels else 256, 200, 304, 7, own_channels, _WIDEST[region["POOLING"]], 4096)
+    tile = tile_of(21 if own_channels else 256, 200, 304, 7, own_channels, WIDEST[region["POOLING"]], 4096)
     names = [n for n in _gather_kernel.arg_names if n.islower()]
     types = dict.fromkeys(names, "i32") | {"boxes": "*fp32", "extents": "*i32", "members": "*i32"}
     types |= {"grad": f"*{dtype}", "gradient": f"*{dtype}"}
@@ -260,5 +287,5 @@ def variants(dtype: str, channels_last: bool, note: str, **region) -> list[Varia
     bounds = {"box_stride": 1, "FROM_AREA": None, "TO_AREA": None, "BLOCK": 128}
     return [
         Variant(_extents_kernel, extents, {**bounds, **region}, note="1000 regions: 40 KB; a launch"),
-        Variant(_gather_kernel, types, {**ones, **region, **tile}, divisible, num_warps=8, note=note),
+        Variant(_gather_kernel, types, {**ones, **region, **tile, **by}, divisible, num_warps=8, note=note),
     ]

@@ -2,7 +2,8 @@
 
 An axis of a region is four numbers: where its first bin starts and the size of a bin, in pixels of the map, the
 samples per bin, 0 in a region that gives nothing, and the inverse of their number. ``POOLING`` is ``"align"``, bilinear
-samples, or ``"max"`` or ``"mean"`` of whole pixels; there the number of samples only says whether there is anything.
+samples, ``"max"`` or ``"mean"`` of whole pixels, or ``"precise"``, integrals; but for the first, the number of samples
+only says whether there is anything.
 Coordinates are float32, or float64 where the boxes or the features are.
 """
 
@@ -51,12 +52,17 @@ def make_axis(
         if not ALIGNED:
             extent = tl.where(extent < 1, 1, extent)
         finite = tl.maximum(tl.abs(start), tl.abs(extent), tl.PropagateNan.ALL) <= 1e30
+    elif POOLING == "precise":
+        start, extent = low, high - low
+        finite = (tl.abs(start) <= 1e9) & (extent <= 1e9)
     else:
         start, last = _round(low), _round(high)
         extent = tl.maximum(last - start + (1 if POOLING == "max" else 0), 1)
         finite = tl.maximum(tl.abs(start), tl.abs(last), tl.PropagateNan.ALL) <= 1e9
-    bin = _divide(extent, BINS)
-    if POOLING != "align":
+    bin = divide(extent, BINS)
+    if POOLING == "precise":
+        grid = tl.where(finite & (bin > 0), 1, 0)
+    elif POOLING != "align":
         grid = tl.where(finite, 1, 0)
     elif RATIO > 0:
         grid = tl.where(finite, RATIO, 0)
@@ -74,7 +80,7 @@ def _round(x):
 
 
 @triton.jit
-def _divide(a, b: tl.constexpr):
+def divide(a, b: tl.constexpr):
     """Exact where the quotient is a number, which ``/`` is not in float32: a bin of two pixels has two samples.
 
     A step of Newton's method, without the call that a division rounded to nearest makes.
@@ -90,8 +96,8 @@ def _divide(a, b: tl.constexpr):
 
 
 @triton.jit
-def _position(origin, bin, grid, inverse, i):
-    """Where sample i of a bin from ``origin`` on is: the quotient by ``grid`` is as in _divide()."""
+def position(origin, bin, grid, inverse, i):
+    """Where sample i of a bin from ``origin`` on is: the quotient by ``grid`` is as in divide()."""
     product = (i.to(origin.dtype) + 0.5) * bin
     quotient = product * inverse
     quotient = tl.fma(tl.fma(-quotient, grid, product), inverse, quotient)
@@ -101,7 +107,7 @@ def _position(origin, bin, grid, inverse, i):
 @triton.jit
 def sample(origin, bin, grid, inverse, i, size):
     """Where sample i of a bin reads a map that is not empty, 0 to ``size - 1``, and whether it counts."""
-    at = _position(origin, bin, grid.to(origin.dtype), inverse, i)
+    at = position(origin, bin, grid.to(origin.dtype), inverse, i)
     inside = (at >= -1) & (at <= size) & (i < grid)
     return tl.minimum(tl.maximum(at, 0), size - 1), inside
 
@@ -113,7 +119,7 @@ def _samples_before(edge, origin, bin, grid, inverse):
     many = few + grid
     for _ in range(31):
         middle = few + (many - few) // 2
-        before = (few < many) & (_position(origin, bin, grid.to(origin.dtype), inverse, middle) < edge)
+        before = (few < many) & (position(origin, bin, grid.to(origin.dtype), inverse, middle) < edge)
         few = tl.where(before, middle + 1, few)
         many = tl.where(before, many, middle)
     return few
@@ -143,6 +149,47 @@ def pixel_range(start, bin, grid, p, end):
     high = tl.minimum(tl.maximum(tl.ceil((p + 1).to(start.dtype) * bin) + start, 0), end)
     some = (grid > 0) & (end > 0)
     return tl.where(some, low, 0).to(tl.int32), tl.where(some, high, 0).to(tl.int32)
+
+
+# ---- integrals -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pixels_met(start, bin, grid, p, size):
+    """First pixel whose hat bin p meets and the one after the last, of those on the map."""
+    low = tl.floor(start + p.to(start.dtype) * bin)
+    high = tl.ceil(start + (p + 1).to(start.dtype) * bin) + 1
+    low, high = tl.minimum(tl.maximum(low, 0), size), tl.minimum(tl.maximum(high, 0), size)
+    return tl.where(grid > 0, low, 0).to(tl.int32), tl.where(grid > 0, high, 0).to(tl.int32)
+
+
+@triton.jit
+def _hat(t):
+    return tl.maximum(1 - tl.abs(t), 0)
+
+
+@triton.jit
+def _integral(a, b, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of the hat over the part of a to b where it is linear."""
+    low, high = tl.maximum(a, LEFT), tl.minimum(b, RIGHT)
+    return tl.maximum(high - low, 0) * _hat((low + high) * 0.5)
+
+
+@triton.jit
+def mean_of_hat(pixel, p, start, bin, SCALE: tl.constexpr, BINS: tl.constexpr, BY: tl.constexpr):
+    """Of a pixel's hat, over bin p; or its derivative ``BY`` the region's ``"low"`` or ``"high"`` coordinate."""
+    a = start + p.to(start.dtype) * bin - pixel
+    b = start + (p + 1).to(start.dtype) * bin - pixel
+    some = b > a  # far away, or of small bins, ends are rounded to each other
+    width = tl.where(some, b - a, 1)
+    mean = (_integral(a, b, -1, 0) + _integral(a, b, 0, 1)) / width
+    if BY == "":
+        return tl.where(some, mean, _hat(a))
+    else:
+        to_a, to_b = p.to(start.dtype) / BINS, (p + 1).to(start.dtype) / BINS
+        if BY == "low":
+            to_a, to_b = 1 - to_a, 1 - to_b
+        return tl.where(some, SCALE * ((mean - _hat(a)) * to_a + (_hat(b) - mean) * to_b) / width, 0)
 
 
 # ---- blocks of outputs: bins, each in several lanes, times channels -------------------------------
@@ -194,10 +241,10 @@ def sum_lanes(x, CHANNELS_LAST: tl.constexpr, LANES: tl.constexpr):
 # ---- launchers -------------------------------------------------------------------------------------
 
 
-def check_rois(boxes: Tensor, pooled_height: int, pooled_width: int, sampling_ratio: int = 0) -> None:
+def check_rois(boxes: Tensor, pooled_height: int, pooled_width: int, sampling_ratio: int = 0, columns: int = 5) -> None:
     """What memory safety and termination need, with the messages of the CPU kernels."""
-    if boxes.dim() != 2 or boxes.shape[1] != 5:
-        raise RuntimeError(f"boxes: expected shape [K, 5], got {list(boxes.shape)}")
+    if boxes.dim() != 2 or boxes.shape[1] != columns:
+        raise RuntimeError(f"boxes: expected shape [K, {columns}], got {list(boxes.shape)}")
     if pooled_height < 1 or pooled_width < 1:
         raise RuntimeError(f"output_size: expected at least 1 x 1, got {pooled_height} x {pooled_width}")
     if sampling_ratio > 2**30:

@@ -72,7 +72,7 @@ def _roi_align_kernel(
             row = y.to(tl.int32).to(tl.int64) * stride_y
             for j in range(0, columns, LANES):
                 x, x_inside = sample(x_origin, x_bin, x_grid, x_inverse, first_x + lane + j, width)
-                sum += _bilinear(
+                sum += bilinear(
                     features + (row + x.to(tl.int32).to(tl.int64) * stride_x), stride_y, stride_x,
                     reads & y_inside & x_inside, (y - tl.floor(y)).to(SUM), (x - tl.floor(x)).to(SUM),
                     y < height - 1, x < width - 1,
@@ -82,7 +82,7 @@ def _roi_align_kernel(
 
 
 @triton.jit
-def _bilinear(pixel, stride_y, stride_x, mask, below, right, has_below, has_right):
+def bilinear(pixel, stride_y, stride_x, mask, below, right, has_below, has_right):
     """The mean of four pixels from ``pixel`` on; those past the end of the map are not loaded."""
     a = tl.load(pixel, mask=mask, other=0).to(below.dtype)
     b = tl.load(pixel + stride_x, mask=mask & has_right, other=0).to(below.dtype)

@@ -18,9 +18,10 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CASES = [
     (1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
     (2, 3, 7, 6, 5, (3, 3), (1, 1), (1, 1), (1, 1)),
-    (5, 4, 9, 8, 6, (3, 2), (2, 1), (1, 2), (2, 3)),
+    (5, 4, 7, 6, 6, (3, 2), (2, 1), (1, 2), (2, 3)),
     (1, 17, 5, 5, 9, (5, 1), (1, 2), (0, 0), (1, 1)),
     (3, 8, 6, 6, 4, (3, 3), (3, 3), (0, 0), (1, 1)),
+    (18, 6, 4, 3, 17, (2, 3), (2, 2), (1, 1), (2, 1)),  # enough for a matrix unit
 ]
 
 
@@ -139,7 +140,7 @@ def test_opcheck():
         x, weight = x.requires_grad_(), weight.requires_grad_()
         opcheck(torch.ops.fastcv.conv2d_local, (x, weight, *geometry))
         grad = torch.ops.fastcv.conv2d_local(x, weight, *geometry).detach().requires_grad_()
-        opcheck(torch.ops.fastcv.conv2d_local_input_backward, (grad, weight, [9, 8], *geometry))
+        opcheck(torch.ops.fastcv.conv2d_local_input_backward, (grad, weight, [7, 6], *geometry))
         opcheck(torch.ops.fastcv.conv2d_local_weight_backward, (grad, x, [3, 2], *geometry))
 
 

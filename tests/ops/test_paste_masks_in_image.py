@@ -98,7 +98,7 @@ def test_torchvision(padding):
     torch.testing.assert_close(paste(x, place, image, padding), expected, rtol=0, atol=2e-5)
 
 
-def test_gradcheck():
+def test_derivatives():
     x = masks(4, (3, 4), torch.float64).requires_grad_()
     place = torch.tensor([[1.0, 1, 6, 5], [-2, 3, 4, 9], [0, 0, 0.5, 0.5], [30, 0, 40, 4]])
     for function in (lambda m: paste(m, place, (7, 8)), lambda m: paste(m, place, (7, 8)) ** 2):
