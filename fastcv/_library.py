@@ -79,13 +79,21 @@ def _warn_reference(name: str, device: str) -> None:
     )
 
 
-def define(schema: str, reference: Callable | None, *, triton: bool = False, torch_has_kernel: bool = False) -> str:
+def define(
+    schema: str,
+    reference: Callable | None,
+    *,
+    triton: bool = False,
+    torch_has_kernel: bool = False,
+    triton_before_compiled: bool = False,
+) -> str:
     """Define ``fastcv::<schema>`` with its reference implementation; returns the operator's name.
 
     The reference is registered for every device and used wherever no kernel is. ``triton``: the module of
     :mod:`fastcv.triton_kernels` with the reference's name has a kernel for CUDA devices, used where no compiled one is.
     ``torch_has_kernel``: on those the reference is a kernel of torch's (cuDNN's, say) and not slow. Then Triton's is
     used where ``FASTCV_TRITON=all`` asks for it, until a measurement on such a device says that it is faster.
+    ``triton_before_compiled``: then it is used even where there is a compiled one, as it may be faster than that.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -102,9 +110,11 @@ def define(schema: str, reference: Callable | None, *, triton: bool = False, tor
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if triton:
             TRITON[name] = reference.__module__.rpartition(".")[2]
-            wanted = not torch_has_kernel or os.environ.get("FASTCV_TRITON") == "all"
-            if wanted and not _has_kernel(name, "CUDA") and importlib.util.find_spec("triton"):
-                LIBRARY.impl(name, triton_kernel(name), "CUDA")
+            asked = os.environ.get("FASTCV_TRITON") == "all"
+            wanted = asked or not torch_has_kernel
+            wanted &= not _has_kernel(name, "CUDA") or (asked and triton_before_compiled)
+            if wanted and importlib.util.find_spec("triton"):
+                LIBRARY.impl(name, triton_kernel(name), "CUDA", allow_override=True)
                 _from_triton.add(name)
     return name
 

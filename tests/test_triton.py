@@ -16,15 +16,17 @@ TESTED_WITH = {"ps_roi_pool": "ps_roi_align"}  # in the same file
 ALSO = {"avg_pool2d": ["pooling_"]}  # tests of several operators
 CAPABILITIES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # with the shared memory that a block may have
 # Compiled CUDA kernels come first there: those in Triton are tested in two types, and in all by `make test-slow`.
-BESIDE_CUDA = ("roi_align", "roi_pool", "ps_roi_align")
+BESIDE_CUDA = ("roi_align", "roi_pool", "ps_roi_align", "deform_conv2d")
 TWO_TYPES = " and not float64 and not bfloat16"
+# What the interpreter takes longest for, also left to `make test-slow`: many groups, taps or pixels.
+LONGEST = {"deform_conv2d": "".join(f" and not reference[{i}-" for i in (8, 9, 11, 13))}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
 def runs():
     for stem in STEMS:
         if stem in BESIDE_CUDA:
-            yield pytest.param(stem, TWO_TYPES, id=f"{stem}-two types")
+            yield pytest.param(stem, TWO_TYPES + LONGEST.get(stem, ""), id=f"{stem}-two types")
             yield pytest.param(stem, "", id=f"{stem}-all types", marks=pytest.mark.slow)
         elif stem not in TESTED_WITH:
             yield pytest.param(stem, "", id=stem)
@@ -42,6 +44,15 @@ def test_passes_the_operators_tests(stem, select):
     assert result.returncode == 0 and " passed" in output, output[-6000:]
     called = re.search("calls of Triton kernels: (.*)", output)[1]
     assert all(f"{name} " in called for name in names), (names, called)
+
+
+def test_comes_before_compiled_kernels_only_where_asked_for():
+    names = ("deform_conv2d", "roi_align")
+    script = f"import fastcv; print(*(fastcv._library.implementation(name, 'cuda') for name in {names}))"
+    for value, first in (("", "compiled"), ("all", "triton")):
+        result = run_python(["-c", script], environment={"FASTCV_TRITON": value})
+        second = "compiled" if _library.cuda_loaded else "triton"
+        assert result.stdout.split() == [first if _library.cuda_loaded else "triton", second], result.stderr
 
 
 def test_indices_outside_the_map():

@@ -29,6 +29,8 @@ _GEOMETRY = (
 define(
     f"deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, {_GEOMETRY}) -> Tensor",
     reference.deform_conv2d.deform_conv2d,
+    triton=True,
+    triton_before_compiled=True,  # it has the matrix units
 )
 # Bit i of `needs` asks for gradient i; the others are empty.
 define(

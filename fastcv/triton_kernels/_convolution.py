@@ -72,6 +72,13 @@ class Launch(NamedTuple):
         return Variant(self.kernel, types, self.constants | nothing, matrix=matrix, note=note, **options)
 
 
+def run(launches: tuple[Launch, ...], tensors: dict[str, Tensor]) -> None:
+    with on_device_of(tensors["input"]):
+        for kernel, programs, names, numbers, constants, num_warps, num_stages in launches:
+            given = {name: None if tensor is None else tensors[tensor] for name, tensor in names.items()}
+            kernel[(programs,)](**given, **numbers, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
 class Plan(NamedTuple):
     """Launches one after the other."""
 
@@ -83,10 +90,7 @@ class Plan(NamedTuple):
         tensors = dict(input=input, weight=weight, bias=bias, residual=residual, out=out)
         if self.sums:
             tensors["sums"] = torch.empty(self.sums, dtype=sum_type(input.dtype), device=input.device)
-        with on_device_of(input):
-            for kernel, programs, names, numbers, constants, num_warps, num_stages in self.launches:
-                given = {name: None if tensor is None else tensors[tensor] for name, tensor in names.items()}
-                kernel[(programs,)](**given, **numbers, **constants, num_warps=num_warps, num_stages=num_stages)
+        run(self.launches, tensors)
 
 
 def sum_type(dtype: torch.dtype) -> torch.dtype:
