@@ -97,8 +97,7 @@ def check_shape(
     tensors = {"input": input, "weight": weight, "offset": offset, "mask": mask, "bias": bias}
     for name, t in tensors.items():
         if t is not None:
-            check(t.dtype in _TYPES, f"{name}: expected float32, float64, float16 or bfloat16, got {t.dtype}")
-            check(t.device == input.device, f"{name}: expected a tensor on {input.device}, as input, got {t.device}")
+            check_floating(name, t, input)
             same = (t.dtype == torch.float64) == (input.dtype == torch.float64) or (name == "bias" and not t.numel())
             check(same, f"input: float64 does not mix with other types, got {input.dtype} and {name} of {t.dtype}")
     check(input.dim() == 4, f"input: expected shape [N, C, H, W], got {list(input.shape)}")
@@ -129,6 +128,11 @@ def check_shape(
         check_size("mask", mask, (images, g.offset_groups * taps, *out))
     check(bias.shape in ((outputs,), (0,)), f"bias: expected shape [{outputs}] or [0], got {list(bias.shape)}")
     return Shape(images, channels, *sides, outputs, *out, *size, geometry)
+
+
+def check_floating(name: str, t: Tensor, input: Tensor) -> None:
+    check(t.dtype in _TYPES, f"{name}: expected float32, float64, float16 or bfloat16, got {t.dtype}")
+    check(t.device == input.device, f"{name}: expected a tensor on {input.device}, as input, got {t.device}")
 
 
 def check_size(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
@@ -181,16 +185,29 @@ def layout(t: Tensor, channels: int) -> Layout:
 
 
 def is_wide(shape: Shape, *tensors: Tensor | None) -> bool:
-    """Whether offsets in the tensors, or in what has a row for each point or tap, need 64 bits.
+    """Whether offsets in the tensors, or in what has a row for each point, cell or tap, need 64 bits.
 
     Points reach two pixels out of the input, where they have offsets though nothing is read.
     """
     counts = [shape.pixels * max(shape.outputs, 2 * shape.geometry.offset_groups * shape.taps, 128 * shape.taps)]
+    counts += [shape.images * shape.geometry.offset_groups * (shape.height + 1) * (shape.width + 1)]
     counts += [shape.outputs * shape.channels // shape.geometry.groups * shape.taps]
     for t in tensors:
         if t is not None:
             counts.append(sum((n + 3) * s for n, s in zip(t.shape, strides(t), strict=True)))
     return max(counts) >= 2**31 - 2**20
+
+
+def example(
+    dtype: torch.dtype, images: int, channels: int, height: int, width: int, outputs: int, *,
+    groups: int = 1, offset_groups: int = 1, channels_last: bool = True,
+) -> tuple[Shape, Tensor, Tensor]:  # fmt: skip
+    """Shape, input and offset, without data, of a kernel of 3 x 3 and an output of the input's size."""
+    geometry = Geometry(1, 1, 1, 1, 1, 1, groups, offset_groups)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    input = torch.empty(images, channels, height, width, dtype=dtype, device="meta", memory_format=form)
+    offset = torch.empty(images, 18 * offset_groups, height, width, dtype=dtype, device="meta")
+    return Shape(images, channels, height, width, outputs, height, width, 3, 3, geometry), input, offset
 
 
 # ---- device functions ----------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from ._deform import (
     Layout,
     Shape,
     check_shape,
+    example,
     insides,
     is_wide,
     laid_out,
@@ -52,6 +53,8 @@ from ._deform import (
     strides,
     triton_type,
 )
+from ._deform_backward import VARIANTS as _BACKWARD_VARIANTS
+from ._deform_backward import deform_conv2d_backward as deform_conv2d_backward
 from ._epilogue import finish, finish_launch
 from ._implicit_gemm import _tile_of
 
@@ -273,20 +276,12 @@ def deform_conv2d(
 # ---- compiled ahead ------------------------------------------------------------------------------
 
 
-def _example(
-    dtype: torch.dtype, images: int, channels: int, height: int, width: int, outputs: int, *, size: int = 3,
-    groups: int = 1, offset_groups: int = 1, channels_last: bool = True, mask: bool = True, tf32: bool = False,
-) -> Problem:  # fmt: skip
-    shape = Shape(
-        images, channels, height, width, outputs, height, width, size, size,
-        Geometry(1, 1, size // 2, size // 2, 1, 1, groups, offset_groups),
-    )  # fmt: skip
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    input = torch.empty(images, channels, height, width, dtype=dtype, device="meta", memory_format=form)
-    of_points = torch.empty(images, 2 * offset_groups * size**2, height, width, device="meta")
+def _example(*arguments, mask: bool = True, **options) -> Problem:
+    """With a bias."""
+    shape, input, offset = example(*arguments, **options)
     return Problem(
-        shape, dtype, dtype, "tf32" if tf32 else precision(dtype), layout(input, shape.unit), strides(of_points),
-        strides(of_points[:, ::2]) if mask else None, True, channels_last, False,
+        shape, input.dtype, input.dtype, precision(input.dtype), layout(input, shape.unit),
+        strides(offset), strides(offset[:, ::2]) if mask else None, True, layout(input, 1).channels_last, False,
     )  # fmt: skip
 
 
@@ -296,18 +291,12 @@ _EXAMPLES = {
         torch.float16, 2, 256, 100, 136, 256, channels_last=False, mask=False
     ),
     "1 x 512 x 25 x 34 to 512, in parts; 4 GFLOP, 5 us": _example(torch.float16, 1, 512, 25, 34, 512),
-    "1 x 256 x 50 x 68 to 256, 4 groups of offsets, 2 of channels; 2 GFLOP, 3 us": _example(
-        torch.bfloat16, 1, 256, 50, 68, 256, groups=2, offset_groups=4
+    "float32, contiguous, 2 x 256 x 100 x 136 to 256; 0.25 ms of three products each": _example(
+        torch.float32, 2, 256, 100, 136, 256, channels_last=False
     ),
-    "float32, 2 x 256 x 100 x 136 to 256; 0.25 ms of three products each": _example(
-        torch.float32, 2, 256, 100, 136, 256
-    ),
-    "float32, contiguous; 0.25 ms": _example(torch.float32, 2, 256, 100, 136, 256, channels_last=False),
-    "float32 rounded to 11 bits; 82 us": _example(torch.float32, 2, 256, 100, 136, 256, tf32=True),
-    "float64, 2 x 256 x 50 x 68 to 256": _example(torch.float64, 2, 256, 50, 68, 256),
+    "float64, 2 x 256 x 50 x 68 to 256; 8 GFLOP": _example(torch.float64, 2, 256, 50, 68, 256),
 }
 VARIANTS = [
-    launch.variant(problem.dtype, note, matrix="PRECISION" in launch.constants and problem.dtype != torch.float64)
+    plan(problem)[0][0].variant(problem.dtype, note, matrix=problem.dtype != torch.float64)
     for note, problem in _EXAMPLES.items()
-    for launch in plan(problem)[0]
-]
+] + _BACKWARD_VARIANTS
