@@ -218,7 +218,7 @@ def plan(p: Problem) -> tuple[tuple[Launch, ...], int]:
     tensors |= dict(bias=None, out="sums") if splits > 1 else dict(bias=bias, out="out")
     launch = Launch(
         deform_conv2d_kernel, programs * splits, tensors, dict(zip(_NUMBERS, numbers, strict=True)), constants,
-        8 if m * n > 4096 else 4,
+        8 if m * max(n, depth) > 1024 else 4,
     )  # fmt: skip
     if splits == 1:
         return (launch,), 0
