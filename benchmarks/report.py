@@ -78,15 +78,16 @@ def save_choices(path: Path, choices: dict[str, Choice], environment: dict) -> N
         "",
         *title(environment).split("\n"),
         "",
-        f"`FASTCV_TRITON=plan`: of {len(choices)} kinds of calls {ours} by Triton's kernel, the others by torch's.",
+        f"`FASTCV_TRITON=plan`: of {len(choices)} kinds of calls {ours} by Triton's kernel, the rest by the other: torch's, "
+        "or for deformable convolution the compiled one.",
         "",
-        "| call | serves | Triton | torch |",
+        "| call | serves | Triton | other |",
         "|---|---|---|---|",
     ]
     for call, choice in sorted(choices.items()):
         triton = format_seconds(choice.triton) if choice.triton else "refused"
-        serves = "Triton" if choice.ours else "torch"
-        lines.append(f"| `{call}` | {serves} | {triton} | {format_seconds(choice.torch)} |")
+        serves = "Triton" if choice.ours else "other"
+        lines.append(f"| `{call}` | {serves} | {triton} | {format_seconds(choice.other)} |")
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 

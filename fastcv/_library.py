@@ -93,6 +93,7 @@ def define(
     triton: bool = False,
     torch_has_kernel: bool = False,
     timed: bool = True,
+    triton_before_compiled: bool = False,
 ) -> str:
     """Define ``fastcv::<schema>`` with its reference implementation; returns the operator's name.
 
@@ -101,6 +102,7 @@ def define(
     ``torch_has_kernel``: on those the reference is a kernel of torch's (cuDNN's, say) and not slow. Then Triton's is
     used where ``FASTCV_TRITON=all`` asks for it, or with ``FASTCV_TRITON=plan`` where it was measured to be faster
     (:mod:`fastcv._plan`), but for an operator that is not ``timed`` as it only serves another's kernel.
+    ``triton_before_compiled``: the same between Triton's and a compiled kernel.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -117,12 +119,24 @@ def define(
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         if triton:
             TRITON[name] = reference.__module__.rpartition(".")[2]
-            wanted = not torch_has_kernel or TRITON_WANTED in ("all", "plan")
-            if wanted and not _has_kernel(name, "CUDA") and importlib.util.find_spec("triton"):
-                kernel, by_plan = triton_kernel(name), torch_has_kernel and timed and TRITON_WANTED == "plan"
-                LIBRARY.impl(name, planned(name, kernel, reference) if by_plan else kernel, "CUDA")
+            compiled = _has_kernel(name, "CUDA")
+            if not importlib.util.find_spec("triton") or (compiled and not triton_before_compiled):
+                return name
+            contested = compiled or torch_has_kernel
+            if not contested or TRITON_WANTED in ("all", "plan"):
+                kernel, by_plan = triton_kernel(name), contested and timed and TRITON_WANTED == "plan"
+                if by_plan:
+                    kernel = planned(name, kernel, _compiled_kernel(name) if compiled else reference)
+                LIBRARY.impl(name, kernel, "CUDA", allow_override=True)
                 _from_triton[name] = "plan" if by_plan else "triton"
     return name
+
+
+def _compiled_kernel(name: str) -> Callable:
+    """That of CUDA devices, also after another took its place."""
+    kernel = torch.library.get_kernel(f"fastcv::{name}", "CUDA")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return lambda *args: kernel.call_boxed(keys, *args)
 
 
 def triton_kernel(name: str) -> Callable:

@@ -1,9 +1,9 @@
-"""Which of two kernels serves a call on a GPU, Triton's or torch's: measured once for calls alike, and remembered.
+"""Which of two kernels serves a call on a GPU, Triton's or the other: measured once for calls alike, and remembered.
 
-With ``FASTCV_TRITON=plan`` an operator that both have runs them by turns when it first meets a call of its kind, checks
-that their results agree, and keeps the faster from then on, in this process and, by a file for each GPU and set of
-versions, in others. Calls are of one kind where sizes of maps and batches agree in their three leading bits; channels,
-weights, memory formats, types and torch's settings of precision must be the same.
+The other is torch's or a compiled one. With ``FASTCV_TRITON=plan`` an operator that has both runs them by turns when it
+first meets a call of its kind, checks that their results agree, and keeps the faster from then on, in this process and,
+by a file for each GPU and set of versions, in others. Calls are of one kind where sizes of maps and batches agree in
+their three leading bits; channels, weights, memory formats, types and torch's settings of precision must be the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
     ours: bool
     triton: float | None
     """Seconds for one call; None where Triton's kernel failed or disagreed."""
-    torch: float
+    other: float
 
 
 # ---- which calls are alike -----------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Plan:
         try:
             stored = json.loads(self.file.read_text())
             choices = {key: Choice(*c) for key, c in stored.items()}
-            valid = all(type(c.ours) is bool and c.torch > 0 and (c.triton or 1) > 0 for c in choices.values())
+            valid = all(type(c.ours) is bool and c.other > 0 and (c.triton or 1) > 0 for c in choices.values())
         except OSError:  # there is none yet
             return {}
         except (ValueError, TypeError, AttributeError):
@@ -136,10 +136,10 @@ class Plan:
         except Exception as error:  # of a compiler, or a device that it does not know
             problem = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         if problem:
-            warnings.warn(f"Triton's kernel {problem}, torch's is used: {key}", RuntimeWarning, 2)
-        times = self._seconds({"torch": theirs} if problem else {"triton": ours, "torch": theirs})
+            warnings.warn(f"Triton's kernel {problem}, the other is used: {key}", RuntimeWarning, 2)
+        times = self._seconds({"other": theirs} if problem else {"triton": ours, "other": theirs})
         triton = times.get("triton")
-        return Choice(triton is not None and triton < times["torch"], triton, times["torch"])
+        return Choice(triton is not None and triton < times["other"], triton, times["other"])
 
     def _save(self) -> None:
         """With what other processes found meanwhile."""
@@ -228,7 +228,7 @@ def cache_folder() -> Path:
 
 
 def planned(name: str, ours: Callable, theirs: Callable, plan_of: Callable[[torch.device], Plan] = plan_for):
-    """``fastcv::name`` by plan. While a graph is captured nothing can be measured: torch's serves what is not known."""
+    """``fastcv::name`` by plan. While a graph is captured nothing can be measured: the other serves what is not known."""
     seen: dict[tuple, bool] = {}
     parameters: list[str] = []
 

@@ -103,7 +103,7 @@ def test_choices_are_written(tmp_path):
     report.save_choices(tmp_path / "choices.md", choices, harness.environment())
     text = (tmp_path / "choices.md").read_text()
     assert ": of 2 kinds of calls 1 by Triton's kernel" in text
-    assert text.endswith("| `conv2d(a)` | Triton | 1 ms | 2 ms |\n| `conv2d(b)` | torch | refused | 2 ms |\n")
+    assert text.endswith("| `conv2d(a)` | Triton | 1 ms | 2 ms |\n| `conv2d(b)` | other | refused | 2 ms |\n")
 
 
 def test_names_are_unique():

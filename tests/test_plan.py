@@ -82,7 +82,7 @@ def gram(tmp_path, timer, ours=None):
 
 @pytest.mark.parametrize("seconds, chosen", [((1.0, 2.0), "ours"), ((2.0, 1.0), "theirs"), ((1.0, 1.0), "theirs")])
 def test_the_faster_one_serves(tmp_path, seconds, chosen):
-    timer = Timer(triton=seconds[0], torch=seconds[1])
+    timer = Timer(triton=seconds[0], other=seconds[1])
     run, ran = gram(tmp_path, timer)
     x = torch.randn(2, 3, 4, 5)
     assert torch.equal(run(x, "none"), x.flatten(2) @ x.flatten(2).mT)
@@ -90,22 +90,22 @@ def test_the_faster_one_serves(tmp_path, seconds, chosen):
         ran.clear()
         run(torch.randn(shape), "none")
         assert ran[-1] == chosen
-    assert timer.asked == [["triton", "torch"]] * 2
+    assert timer.asked == [["triton", "other"]] * 2
     stored = json.loads((tmp_path / "gpu.json").read_text())
     assert [c[0] for c in stored.values()] == [chosen == "ours"] * 2
 
 
 def test_choices_last(tmp_path):
     x = torch.randn(1, 3, 4, 4)
-    gram(tmp_path, Timer(triton=1, torch=2))[0](x, "none")
-    timer = Timer(triton=2, torch=1)
+    gram(tmp_path, Timer(triton=1, other=2))[0](x, "none")
+    timer = Timer(triton=2, other=1)
     run, ran = gram(tmp_path, timer)  # as in another process
     run(x, "none")
     assert ran == ["ours"] and timer.asked == []
 
 
 def test_processes_keep_what_others_found(tmp_path):
-    first, second = (gram(tmp_path, Timer(triton=1, torch=2))[0] for _ in range(2))
+    first, second = (gram(tmp_path, Timer(triton=1, other=2))[0] for _ in range(2))
     first(torch.randn(1, 3, 4, 4), "none")
     second(torch.randn(1, 5, 4, 4), "none")
     assert len(json.loads((tmp_path / "gpu.json").read_text())) == 2
@@ -115,7 +115,7 @@ def test_processes_keep_what_others_found(tmp_path):
 def test_a_broken_file_is_written_anew(tmp_path, text):
     (tmp_path / "gpu.json").write_text(text)
     with pytest.warns(RuntimeWarning, match="holds no choices"):
-        run, _ = gram(tmp_path, Timer(triton=1, torch=2))
+        run, _ = gram(tmp_path, Timer(triton=1, other=2))
     with pytest.warns(RuntimeWarning, match="holds no choices"):
         run(torch.randn(1, 3, 4, 4), "none")
     assert len(json.loads((tmp_path / "gpu.json").read_text())) == 1
@@ -124,7 +124,7 @@ def test_a_broken_file_is_written_anew(tmp_path, text):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.warns(RuntimeWarning, match="not kept"):
-        gram(tmp_path / "taken", Timer(triton=1, torch=2))[0](torch.randn(1, 3, 4, 4), "none")
+        gram(tmp_path / "taken", Timer(triton=1, other=2))[0](torch.randn(1, 3, 4, 4), "none")
 
 
 def raises(*args):
@@ -140,12 +140,12 @@ def raises(*args):
     ],
 )
 def test_what_fails_or_differs_never_serves(tmp_path, ours, problem):
-    timer = Timer(triton=1, torch=2)
+    timer = Timer(triton=1, other=2)
     run, ran = gram(tmp_path, timer, ours)
     x = torch.randn(1, 3, 4, 4)
     with pytest.warns(RuntimeWarning, match=problem):
         result = run(x, "none")
-    assert torch.equal(result, x.flatten(2) @ x.flatten(2).mT) and timer.asked == [["torch"]]
+    assert torch.equal(result, x.flatten(2) @ x.flatten(2).mT) and timer.asked == [["other"]]
     ran.clear()
     run(x, "none")
     assert ran == ["theirs"]
@@ -153,7 +153,7 @@ def test_what_fails_or_differs_never_serves(tmp_path, ours, problem):
 
 
 def test_errors_of_the_call_are_its_own(tmp_path):
-    run, _ = gram(tmp_path, Timer(triton=1, torch=2))
+    run, _ = gram(tmp_path, Timer(triton=1, other=2))
     with pytest.raises(IndexError):
         run(torch.tensor(1.0), "none")
     assert not (tmp_path / "gpu.json").exists()
@@ -162,13 +162,13 @@ def test_errors_of_the_call_are_its_own(tmp_path):
 def test_nan_says_nothing(tmp_path):
     x = torch.randn(1, 3, 4, 4)
     x[0, 1] = float("nan")
-    run, ran = gram(tmp_path, Timer(triton=1, torch=2))
+    run, ran = gram(tmp_path, Timer(triton=1, other=2))
     run(x, "none")
     assert ran[-1] == "ours"
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(tmp_path, capturing):
-    timer = Timer(triton=1, torch=2)
+    timer = Timer(triton=1, other=2)
     run, ran = gram(tmp_path, timer)
     capturing[0] = True
     x = torch.randn(1, 3, 4, 4)
@@ -210,7 +210,7 @@ import pathlib, torch, fastcv
 from fastcv import _library, _plan, reference
 torch.cuda.is_current_stream_capturing = lambda: False
 kernel, seen = _library.triton_kernel("conv2d"), []
-plan = _plan.Plan(pathlib.Path({str(tmp_path)!r}) / "cpu.json", lambda thunks: {{"triton": 1.0, "torch": 2.0}})
+plan = _plan.Plan(pathlib.Path({str(tmp_path)!r}) / "cpu.json", lambda thunks: {{"triton": 1.0, "other": 2.0}})
 run = _plan.planned("conv2d", kernel, reference.conv2d.conv2d, lambda device: plan)
 x, weight, bias = torch.randn(2, 16, 9, 11), torch.randn(24, 16, 3, 3), torch.randn(24)
 for _ in range(2):

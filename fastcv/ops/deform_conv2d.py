@@ -29,12 +29,16 @@ _GEOMETRY = (
 define(
     f"deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, {_GEOMETRY}) -> Tensor",
     reference.deform_conv2d.deform_conv2d,
+    triton=True,
+    triton_before_compiled=True,  # it has the matrix units
 )
 # Bit i of `needs` asks for gradient i; the others are empty.
 define(
     "deform_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
     f"{_GEOMETRY}, int needs=31) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.deform_conv2d.deform_conv2d_backward,
+    triton=True,
+    triton_before_compiled=True,
 )
 _INPUT, _WEIGHT, _OFFSET, _MASK, _BIAS = (1 << i for i in range(5))
 

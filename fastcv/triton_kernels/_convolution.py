@@ -61,15 +61,26 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
 
-    def variant(self, dtype: torch.dtype, note: str, matrix: bool = False) -> Variant:
+    def variant(
+        self, dtype: torch.dtype, note: str, matrix: bool = False, others: dict[str, str] | None = None
+    ) -> Variant:
+        """``others``: the types of tensors that have neither ``dtype`` nor, as ``"sums"``, that of sums."""
         names = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         types: dict[str, str] = dict.fromkeys(self.numbers, "i32")
         for name, tensor in self.tensors.items():
             if tensor is not None:
-                types[name] = "*" + names[sum_type(dtype) if tensor == "sums" else dtype]
+                own = names[sum_type(dtype) if tensor == "sums" else dtype]
+                types[name] = "*" + (others or {}).get(tensor, own)
         nothing: dict[str, object] = {name: None for name, tensor in self.tensors.items() if tensor is None}
         options = dict(num_warps=self.num_warps, num_stages=self.num_stages)
         return Variant(self.kernel, types, self.constants | nothing, matrix=matrix, note=note, **options)
+
+
+def run(launches: tuple[Launch, ...], tensors: dict[str, Tensor]) -> None:
+    with on_device_of(tensors["input"]):
+        for kernel, programs, names, numbers, constants, num_warps, num_stages in launches:
+            given = {name: None if tensor is None else tensors[tensor] for name, tensor in names.items()}
+            kernel[(programs,)](**given, **numbers, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
 class Plan(NamedTuple):
@@ -83,10 +94,7 @@ class Plan(NamedTuple):
         tensors["input"] = input
         if self.sums:
             tensors["sums"] = torch.empty(self.sums, dtype=sum_type(input.dtype), device=input.device)
-        with on_device_of(input):
-            for kernel, programs, names, numbers, constants, num_warps, num_stages in self.launches:
-                given = {name: None if tensor is None else tensors[tensor] for name, tensor in names.items()}
-                kernel[(programs,)](**given, **numbers, **constants, num_warps=num_warps, num_stages=num_stages)
+        run(self.launches, tensors)
 
 
 def sum_type(dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 calls: dict[str, int] = {}
 
@@ -22,6 +23,7 @@ def pytest_configure():
         calls[name] = 0
         _library.LIBRARY.impl(name, _counted(name, _library.triton_kernel(name)), "CPU", allow_override=True)
     _speed_up_interpreter()
+    _round_bfloat16()
 
 
 def _speed_up_interpreter():
@@ -41,6 +43,21 @@ def _speed_up_interpreter():
     interpreter._patch_lang = patch_once
     interpreter._get_np_dtype = lambda type: pointer if type.scalar.is_ptr() else of_scalar(type.scalar)
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+
+
+def _round_bfloat16():
+    """float32 is rounded to the nearest bfloat16, as devices do it: the interpreter cuts."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(input, input_type, output_type, rounding_mode):
+        if (input_type, output_type) != (tl.float32, tl.bfloat16):
+            return convert(input, input_type, output_type, rounding_mode)
+        return torch.tensor(input).bfloat16().view(torch.int16).numpy()
+
+    interpreter._convert_float = converted
 
 
 def _counted(name, kernel):

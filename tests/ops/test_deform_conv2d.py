@@ -184,7 +184,8 @@ def test_only_the_wanted_gradients():
     tensors, constants = random_arguments()
     grad = gradient_of(tensors, constants)
     everything = operator_backward(grad, *tensors, *constants)
-    for needs in range(32):
+    for needs, memory_format in itertools.product(range(32), FORMATS):
+        tensors[0].data = tensors[0].contiguous(memory_format=memory_format)
         gradients = operator_backward(grad, *tensors, *constants, needs)
         for i, (gradient, expected) in enumerate(zip(gradients, everything, strict=True)):
             if needs >> i & 1:
