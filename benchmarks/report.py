@@ -78,8 +78,8 @@ def save_choices(path: Path, choices: dict[str, Choice], environment: dict) -> N
         "",
         *title(environment).split("\n"),
         "",
-        f"`FASTCV_TRITON=plan`: of {len(choices)} kinds of calls {ours} by Triton's kernel, the rest by the other: torch's, "
-        "or for deformable convolution the compiled one.",
+        f"`FASTCV_TRITON=plan`: of {len(choices)} kinds of calls {ours} by Triton's kernel, the rest by the other: "
+        "torch's, or for deformable convolution the compiled one.",
         "",
         "| call | serves | Triton | other |",
         "|---|---|---|---|",

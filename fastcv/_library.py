@@ -120,16 +120,20 @@ def define(
         if triton:
             TRITON[name] = reference.__module__.rpartition(".")[2]
             compiled = _has_kernel(name, "CUDA")
-            if not importlib.util.find_spec("triton") or (compiled and not triton_before_compiled):
-                return name
-            contested = compiled or torch_has_kernel
-            if not contested or TRITON_WANTED in ("all", "plan"):
-                kernel, by_plan = triton_kernel(name), contested and timed and TRITON_WANTED == "plan"
-                if by_plan:
-                    kernel = planned(name, kernel, _compiled_kernel(name) if compiled else reference)
-                LIBRARY.impl(name, kernel, "CUDA", allow_override=True)
-                _from_triton[name] = "plan" if by_plan else "triton"
+            if importlib.util.find_spec("triton") and (triton_before_compiled or not compiled):
+                other = _compiled_kernel(name) if compiled else reference if torch_has_kernel else None
+                _register_triton(name, other, timed)
     return name
+
+
+def _register_triton(name: str, other: Callable | None, timed: bool) -> None:
+    """``other``: a kernel that serves CUDA devices as well, and does where nothing is asked for."""
+    if other is not None and TRITON_WANTED not in ("all", "plan"):
+        return
+    by_plan = other is not None and timed and TRITON_WANTED == "plan"
+    kernel = triton_kernel(name)
+    LIBRARY.impl(name, planned(name, kernel, other) if by_plan else kernel, "CUDA", allow_override=True)
+    _from_triton[name] = "plan" if by_plan else "triton"
 
 
 def _compiled_kernel(name: str) -> Callable:

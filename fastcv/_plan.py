@@ -228,7 +228,7 @@ def cache_folder() -> Path:
 
 
 def planned(name: str, ours: Callable, theirs: Callable, plan_of: Callable[[torch.device], Plan] = plan_for):
-    """``fastcv::name`` by plan. While a graph is captured nothing can be measured: the other serves what is not known."""
+    """``fastcv::name`` by plan. While a graph is captured nothing is measured: the other serves what is not known."""
     seen: dict[tuple, bool] = {}
     parameters: list[str] = []
 

@@ -56,7 +56,7 @@ from ._deform import (
 from ._deform_backward import VARIANTS as _BACKWARD_VARIANTS
 from ._deform_backward import deform_conv2d_backward as deform_conv2d_backward
 from ._epilogue import finish, finish_launch
-from ._implicit_gemm import _tile_of
+from ._implicit_gemm import tile_of
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def deform_conv2d_kernel(
     program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
     split = program % splits
     group = program // splits % groups
-    tile_m, tile_n = _tile_of(program // splits // groups, tiles_m, tiles_n)
+    tile_m, tile_n = tile_of(program // splits // groups, tiles_m, tiles_n)
     m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     area = out_height * out_width
     present, wanted = m < images * area, k < outputs
