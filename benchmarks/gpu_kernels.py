@@ -58,10 +58,11 @@ def _readable(mangled: dict) -> dict[str, dict]:
 
 
 def _floors() -> dict[str, str]:
-    """Operator's folder -> the sentences of its CUDA files that say "Floor"."""
+    """Operator's folder -> the sentences of its CUDA files (and headers) that say "Floor"."""
     floors = {}
-    for path in sorted(ROOT.glob("csrc/*/*_cuda.cu")):
-        head = " ".join(line.removeprefix("//").strip() for line in path.read_text().split("#include")[0].splitlines())
+    for path in sorted(ROOT.glob("csrc/*/*_cuda.[ch]*")):
+        text = re.split("#include|#pragma", path.read_text())[0]
+        head = " ".join(line.removeprefix("//").strip() for line in text.splitlines())
         if found := re.search(r"Floor [^.]*(?:\.\d[^.]*)*\.", head):
             floors[path.stem.removesuffix("_cuda")] = found[0]
     return floors

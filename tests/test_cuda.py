@@ -93,3 +93,10 @@ def test_launches_go_through_one_function(source):
     """What the emulation cannot compile: launches in triple brackets, and raw PTX."""
     text = source.read_text()
     assert "<<<" not in text and "asm" not in re.findall(r"\w+", text)
+
+
+def test_every_source_states_its_floor():
+    pytest.importorskip("triton")
+    from benchmarks.gpu_kernels import _floors
+
+    assert {path.stem.removesuffix("_cuda") for path in SOURCES} <= set(_floors())

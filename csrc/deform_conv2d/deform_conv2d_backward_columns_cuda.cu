@@ -3,8 +3,9 @@
 //
 // A matrix product, of rows that are kernel elements x channels of a group and columns that are pixels, by tiles like
 // the forward pass, with output channels as the depth. It is written pixel by pixel with channels side by side, as
-// those who read it go through the channels of a point. Operations: as many multiply-adds as the forward pass; floor,
-// bytes and memory: deform_conv2d_backward_cuda.cu.
+// those who read it go through the channels of a point. Bytes and memory: deform_conv2d_backward_cuda.cu.
+// Floor for 2 images of 256 channels, 100 x 136 pixels, to 256 channels with 3x3: 32 GFLOP, as in the forward pass, 0.5
+// ms at 60 TFLOP/s; 250 MB of columns in float32 are written, 60 us.
 #include "deform_conv2d_backward_cuda.h"
 
 namespace fastcv::cuda::deform {

@@ -175,7 +175,7 @@ __device__ A gather(const Backward<T>& b, const InputGradient<T>& grad, int64_t 
 }
 
 // A block makes 32 pixels of 32 channels of an offset group. Blocks: tiles of pixels, tiles of channels, offset groups,
-// images; the first vary fastest. Four blocks on a multiprocessor: left to itself, nvcc spills three registers on sm_80.
+// images; the first vary fastest. Four blocks on a multiprocessor: by itself nvcc spills three registers on sm_80.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     deform_conv2d_input_gradient_kernel(const __grid_constant__ Backward<T> b,

@@ -1,4 +1,6 @@
 // The smallest CUDA operator, a template for new ones: kernel, then shell and registration.
+//
+// Floor for 1e6 numbers in float32: 8 MB, 2 us at 4.3 TB/s.
 #include "../common/cuda_launch.h"
 
 namespace fastcv::cuda {
