@@ -136,6 +136,7 @@ def raises(*args):
     [
         (raises, "fails .RuntimeError: no such instruction"),
         (lambda x, n: 1.05 * x.flatten(2) @ x.flatten(2).mT, "differs by 5"),
+        (lambda x, n: (x.flatten(2) @ x.flatten(2).mT) / 0, "differs by inf"),
         (lambda x, n: x, "gives .1, 3, 4, 4. in torch.float32 instead of .1, 3, 3."),
     ],
 )

@@ -68,9 +68,10 @@ def _avg_pool2d_kernel(
     at = input + offset(image, channel, y0, x0, stride_n, stride_c, stride_y, stride_x)
     step_y, step_x = tl.cast(stride_y, tl.int64), tl.cast(stride_x, tl.int64)
     sum = tl.zeros((ROWS, COLUMNS), tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32)
+    TAPS: tl.constexpr = WINDOW[1]  # Triton 3.6 knows it inside of the loop by a name alone
     for i in tl.range(0, WINDOW[0], loop_unroll_factor=WINDOW[0] if WINDOW[0] * WINDOW[1] <= 16 else 1):
         in_rows = has_row & (y0 + i >= 0) & (y0 + i < height)
-        for j in tl.static_range(WINDOW[1]):
+        for j in tl.static_range(TAPS):
             inside = in_rows & (has_column & (x0 + j >= 0) & (x0 + j < width))
             sum += tl.load(at + (i * step_y + j * step_x), mask=inside, other=0).to(sum.dtype)
     if DIVISOR == 0:
