@@ -132,7 +132,9 @@ def _register_triton(name: str, other: Callable | None, timed: bool) -> None:
         return
     by_plan = other is not None and timed and TRITON_WANTED == "plan"
     kernel = triton_kernel(name)
-    LIBRARY.impl(name, planned(name, kernel, other) if by_plan else kernel, "CUDA", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it takes the place of a compiled one, as it should
+        LIBRARY.impl(name, planned(name, kernel, other) if by_plan else kernel, "CUDA", allow_override=True)
     _from_triton[name] = "plan" if by_plan else "triton"
 
 

@@ -63,7 +63,7 @@ def test_comes_before_compiled_kernels_only_where_asked_for():
     names = ("deform_conv2d", "roi_align")
     script = f"import fastcv; print(*(fastcv._library.implementation(name, 'cuda') for name in {names}))"
     for value, first in (("", "compiled"), ("all", "triton"), ("plan", "plan")):
-        result = run_python(["-c", script], environment={"FASTCV_TRITON": value})
+        result = run_python(["-W", "error", "-c", script], environment={"FASTCV_TRITON": value})
         expected = [first, "compiled"] if _library.cuda_loaded else ["triton", "triton"]
         assert result.stdout.split() == expected, result.stderr
 
