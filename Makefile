@@ -39,7 +39,9 @@ test-slow: $(BUILT)
 # On a machine with a GPU, with what $(GPU_PYTHON) has: nothing is installed, and no network is needed.
 GPU_PYTHON ?= python3
 GPU_BUILD := build/gpu
-GPU_TESTS = PYTHONPATH=.:tests $(GPU_PYTHON) -m pytest -p no:cacheprovider -p backends.gpu -o addopts= -q \
+# Compiling what is in Triton takes longest: in several processes, where pytest-xdist is there.
+GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+GPU_TESTS = PYTHONPATH=.:tests $(GPU_PYTHON) -m pytest -p no:cacheprovider -p backends.gpu -o addopts= -q $(GPU_WORKERS) \
   -k "$$(PYTHONPATH=tests $(GPU_PYTHON) -c 'import conftest; print(conftest.DEVICE_TESTS)')"
 SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all
 

@@ -39,11 +39,19 @@ def _on_gpu(name, kernel):
     return run
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, where it is there
+def pytest_testnodedown(node, error):
+    for name, count in getattr(node, "workeroutput", {}).get("calls", {}).items():
+        calls[name] += count
+
+
 def pytest_terminal_summary(terminalreporter):
     called = ", ".join(f"{name} {count}" for name, count in calls.items() if count)
     terminalreporter.write_line(f"calls of kernels on {torch.cuda.get_device_name()}: {called or 'none'}")
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if exitstatus == pytest.ExitCode.OK and not any(calls.values()):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["calls"] = calls
+    elif exitstatus == pytest.ExitCode.OK and not any(calls.values()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
