@@ -34,7 +34,7 @@ def whole_detector(model: nn.Module) -> WholeDetector:
     Args:
         model: ``FasterRCNN``, ``MaskRCNN``, ``KeypointRCNN``, ``RetinaNet``, ``FCOS`` or ``SSD`` of
             torchvision.models.detection, also one that :func:`fastcv.accelerate` made, with any backbone and any
-            heads that are modules. Its parameters are shared. On a GPU it needs fastcv's compiled CUDA kernels.
+            heads that are modules. Its parameters are shared.
 
     Returns:
         what is called as the model is, and gives the same, to rounding; equal scores are in the order of
