@@ -10,10 +10,10 @@ from torchvision.models.detection import roi_heads
 
 import fastcv
 from benchmarks import (
+    bench_box_iou_rotated,
     bench_match_boxes,
     bench_matrix_nms,
     bench_nms_padded,
-    bench_nms_rotated,
     bench_prroi_pool,
     bench_ps_roi_align,
     bench_roi_pool,
@@ -229,7 +229,7 @@ MAPS = [
 
 # The CPU's, where the others have kernels for GPUs too.
 OTHERS = bench_nms_padded.CASES + bench_matrix_nms.CASES + bench_match_boxes.CASES
-OTHERS += [case for case in bench_nms_rotated.CASES if case.operator == "box_iou"] + bench_prroi_pool.CASES
+OTHERS += bench_box_iou_rotated.CASES + bench_prroi_pool.CASES
 OTHERS += [case for case in bench_roi_pool.CASES + bench_ps_roi_align.CASES if "1 RoI" not in case.shape]
 
 CASES = SUPPRESSION + REGIONS + CONVOLUTIONS + MAPS + OTHERS

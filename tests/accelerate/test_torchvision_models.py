@@ -98,7 +98,9 @@ def check_detections(result, expected):
     far = (result["boxes"][:, None] - expected["boxes"]).abs().amax(2)
     same = (far < 0.05) & (result["labels"][:, None] == expected["labels"])
     same &= (result["scores"][:, None] - expected["scores"]).abs() < 1e-4
-    assert same.any(1).float().mean() >= 0.95
+    # Of those as good as the worst rounding decides which are among the most that a model gives.
+    certain = result["scores"] > expected["scores"].min() + 1e-4
+    assert certain.sum() >= 10 and same[certain].any(1).float().mean() >= 0.95
     pairs = same.float().argmax(1)[same.any(1)]
     for key in {"masks", "keypoints"} & result.keys():
         difference = (result[key][same.any(1)] - expected[key][pairs]).abs()
